@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Changed, Piece, changes_bytes
+from arbitor.optimized.distributed.gradients import GradientSums, Sending
 from arbitor.optimized.distributed.owners import owned_rows
-from arbitor.optimized.distributed.sums import in_eight_bits, in_order, sum_eight_bits, sum_in_order
+from arbitor.optimized.distributed.sums import in_order, sum_in_order
 from arbitor.optimized.distributed.traffic import Recorded, Traffic
 from arbitor.optimized.distributed.world import World, as_bytes
 from arbitor.optimized.training.options import EXCHANGES
@@ -26,7 +27,6 @@ from arbitor.reference.constants import VOTED_IN
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.layers import TernaryEmbedding
 from arbitor.reference.graph.module import TernaryModule
-from arbitor.reference.graph.mxint8 import encoded_bytes
 from arbitor.reference.graph.ranks import Gradient, Ranks
 from arbitor.reference.graph.spread import joined
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
@@ -59,6 +59,7 @@ class GroupRanks(Ranks):
         self.number, self.count = world.number, world.count
         self._model = model
         self._traffic = Traffic(world, on_gpu=lambda: model.voting.faults.is_cuda)
+        self._sums = GradientSums(self._traffic, self.number, self.count)
         self._in_eight_bits = exchange == MXINT8
         self.owned = owned_rows(model, self.count)
         self._num_rows = {each.tensor_id: each.weight.shape[0] for each in model.ternary_modules().values()}
@@ -136,47 +137,34 @@ class GroupRanks(Ranks):
             cast(gradient)
             return
         if gradient.chosen:
+            self._sums.send(tensor_id)
             if tensor_id in self._spreads:
                 self._exchange_spread(tensor_id, gradient, cast)
             else:
                 self._exchange_chosen(tensor_id, gradient, cast)
             return
-        if self._is_cut(tensor_id):
-            self._exchange_cut(tensor_id, gradient, cast)
-            return
-        owner, grad_NK = self._owner(tensor_id), gradient.grad_NK
-        arrives = owner is None or owner == self.number
+        num_rows, most = len(gradient.grad_NK), self._num_rows[tensor_id]
+        # Of each matrix of a stack the gradient has as many rows. A weight without owners is summed by all ranks.
+        owned = self.owned.get(tensor_id, (range(most),))
+        places = [range(*(each * num_rows // most for each in (rows.start, rows.stop))) for rows in owned]
+        kept, own = (each[self.number if len(each) > 1 else 0] for each in (owned, places))
+        num_matrices = gradient.num_matrices * len(kept) // most
+        rows = None if gradient.rows is None else gradient.rows[own.start : own.stop] - kept.start
+
+        def arrived(sum_NK: Tensor | None) -> None:
+            of_all = None
+            if sum_NK is not None:
+                of_all = replace(gradient, grad_NK=sum_NK, rows=rows, num_matrices=num_matrices)
+            cast(of_all)
+
         voting = self._model.voting
-        is_rounded = voting.makes_orthogonal(gradient.num_matrices)
-        compact = self._in_eight_bits and is_rounded
-        num_rows, num_columns = grad_NK.shape
-        # An owner holds some rows of the gradients of all ranks at a time, so that its memory does not grow with their number.
-        row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
-        step = max(self._traffic.most_pending // (4 * row_bytes), 1)
-        # As `Voting` rounds the sum of a gradient that is made orthogonal.
-        dtype = voting.dtype_of(gradient.num_matrices)
-        total = (
-            torch.empty_like(grad_NK, dtype=dtype, memory_format=torch.contiguous_format) if arrives else None
+        self._sums.begin(
+            tensor_id,
+            Sending(gradient.grad_NK, places, arrived),
+            compact=self._in_eight_bits and voting.makes_orthogonal(gradient.num_matrices),
+            # As `Voting` rounds the sum of a gradient that is made orthogonal.
+            sum_dtype=voting.dtype_of(gradient.num_matrices),
         )
-
-        def begin(first: int, last: int) -> None:
-            part = grad_NK[first:last]
-            sent = in_eight_bits(part) if compact else part
-            wait = self._traffic.begin_gather(sent, owner)
-
-            def end() -> None:
-                parts = wait()
-                if total is not None and parts is not None:
-                    add = sum_eight_bits if compact else sum_in_order
-                    add(parts, total[first:last])
-                if last == num_rows:
-                    of_all = None if total is None else replace(gradient, grad_NK=total)
-                    cast(of_all)
-
-            self._traffic.later(sent.nbytes, end)
-
-        for first in range(0, max(num_rows, 1), step):
-            begin(first, min(first + step, num_rows))
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put the sum over ranks in the place of each tensor, float32. They travel as one, in pieces if there are many bytes.
@@ -209,11 +197,13 @@ class GroupRanks(Ranks):
     def finish(self) -> None:
         """See `Ranks`."""
         self._send_changes()
+        self._sums.send()
         self._traffic.end_all()
 
     def abandon(self) -> None:
         """See `Ranks`."""
         self._unsent = None
+        self._sums.forget()
         self._traffic.forget()
 
     def _send_changes(self) -> None:
@@ -291,56 +281,6 @@ class GroupRanks(Ranks):
             self._cast_once(tensor_id, total, cast)
 
         self._traffic.later(sent.nbytes, end)
-
-    def _exchange_cut(
-        self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
-    ) -> None:
-        """Exchange the gradients of a stack of matrices, or of as many rows of each: each rank is sent those of its own matrices.
-
-        Some rows of each matrix travel at a time, so that memory does not grow with the number of ranks.
-        """
-        owned, grad_NK, voting = self.owned[tensor_id], gradient.grad_NK, self._model.voting
-        num_rows, num_columns = grad_NK.shape
-        # Of each matrix the gradient has as many rows.
-        places = [
-            range(*(each * num_rows // self._num_rows[tensor_id] for each in (rows.start, rows.stop)))
-            for rows in owned
-        ]
-        own, kept = places[self.number], owned[self.number]
-        is_rounded = voting.makes_orthogonal(gradient.num_matrices)
-        compact = self._in_eight_bits and is_rounded
-        row_bytes = encoded_bytes(1, num_columns) if compact else num_columns * grad_NK.element_size()
-        num_steps = max(-(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1)), 1)
-        dtype = voting.dtype_of(gradient.num_matrices)
-        total = torch.empty((len(own), num_columns), dtype=dtype, device=grad_NK.device)
-        rows = None if gradient.rows is None else gradient.rows[own.start : own.stop] - kept.start
-        of_all = replace(
-            gradient,
-            grad_NK=total,
-            rows=rows,
-            num_matrices=gradient.num_matrices * len(kept) // self._num_rows[tensor_id],
-        )
-
-        def begin(step: int) -> None:
-            parts = [_part_of(each, step, num_steps) for each in places]
-            sent = [grad_NK[part.start : part.stop] for part in parts]
-            if compact:
-                sent = [in_eight_bits(each) for each in sent]
-            wait = self._traffic.begin_parts(sent, lengths=[len(sent[self.number])] * self.count)
-            mine = total[parts[self.number].start - own.start : parts[self.number].stop - own.start]
-
-            def end() -> None:
-                arrived = wait()
-                if len(mine):
-                    add = sum_eight_bits if compact else sum_in_order
-                    add(arrived.view(self.count, *sent[self.number].shape), mine)
-                if step == num_steps - 1:
-                    cast(of_all)
-
-            self._traffic.later(sum(each.nbytes for each in sent), end)
-
-        for step in range(num_steps):
-            begin(step)
 
     def _exchange_spread(
         self, tensor_id: int, gradient: Gradient, cast: Callable[[Gradient | None], None]
@@ -468,11 +408,6 @@ def _runs(pieces: Sequence[Sequence[Piece]]) -> Iterator[range]:
         size += largest
     if most:
         yield range(begin, most)
-
-
-def _part_of(rows: range, step: int, num_steps: int) -> range:
-    """Return one of several equal parts of a range, as far as these can be equal."""
-    return range(*(rows.start + each * len(rows) // num_steps for each in (step, step + 1)))
 
 
 def merged(grads: list[Tensor], rows: list[Tensor], num_matrices: int, most: int, ops: Any) -> Gradient:
