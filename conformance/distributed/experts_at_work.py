@@ -96,7 +96,7 @@ def votes_as_one_process(world: World, folder: Path) -> Any:
             wanted = slots_received(elsewhere, columns, num_outputs, 4) + lengths
             bytes_ = received_by_all(model, wanted)
         model.step()
-        y, grad_x = (model.voting.ranks.everyone(each.detach()) for each in (y, x.grad))
+        y, grad_x = model.voting.ranks.everyone([y.detach(), x.grad.detach()])
         found.append((y.tolist(), grad_x.tolist(), digest_of(model)))
     return {"same": [one == other for one, other in zip(*found, strict=True)], "bytes": bytes_}
 

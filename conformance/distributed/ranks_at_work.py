@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from arbitor.optimized import ops as triton_ops
+from arbitor.optimized.distributed import gradients, traffic
 from arbitor.optimized.distributed import ranks as ranks_module
-from arbitor.optimized.distributed import traffic
 from arbitor.optimized.distributed.changes import changes_bytes
 from arbitor.optimized.distributed.run import train_together
 from arbitor.optimized.distributed.sizes import read_bytes, received_bytes
@@ -132,27 +132,29 @@ def one_by_one(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 def sums_as_the_rule_says(world: World, folder: Path) -> Any:
     """Two passes of a step, and another step, by the ranks, and by the oracle on rank 0.
 
-    Owners send what changed in one piece, in pieces of few weights, and weight by weight. Gradients are sent whole, in rows, and in
-    runs of some rows.
+    Owners send what changed in one piece, in pieces of few weights, and weight by weight, or send pieces as they are. Gradients are
+    sent together, whole, in rows, and in runs of some rows.
     """
     found = {}
     sizes = (
-        (2**26, 2**31),
-        (2**9, 2**12),
-        (1, 2**13),
-        (2**26, 2**12),
-        (2**26, 2**31),
-        (2**10, 2**31),
-        (2**26, 2**13),
-        (2**9, 2**14),
-        (2**10, 2**13),
-        (2**26, 2**31),
+        (2**26, 2**31, 0, 2**22),
+        (2**9, 2**12, 0, 2**22),
+        (1, 2**13, 0, 0),
+        (2**26, 2**12, 0, 2**22),
+        (2**26, 2**31, 2**24, 0),
+        (2**10, 2**31, 0, 2**22),
+        (2**26, 2**13, 0, 0),
+        (2**9, 2**14, 2**24, 2**11),
+        (2**10, 2**13, 0, 2**11),
+        (2**26, 2**31, 2**24, 2**22),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for (name, (config, dtype, exchange, spread)), (piece, held) in zip(
+        for (name, (config, dtype, exchange, spread)), (piece, held, whole, small) in zip(
             CASES.items(), sizes, strict=True
         ):
             patch.setattr(ranks_module, "PIECE_BYTES", piece)
+            patch.setattr(ranks_module, "WHOLE_BYTES", whole)
+            patch.setattr(gradients, "SMALL_BYTES", small)
             # Pieces are sent at once, and some at a time.
             patch.setattr(ranks_module, "RUN_BYTES", 2**30 if piece == 2**26 else 3 * piece)
             patch.setattr(traffic, "HELD_BYTES", held)
@@ -186,6 +188,7 @@ def adds_in_order(world: World, folder: Path) -> Any:
     """Terms whose sum depends on the order: values, and the gradient of a matrix that votes as it is, which travels row by row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traffic, "HELD_BYTES", 1)
+        patch.setattr(gradients, "SMALL_BYTES", 0)
         model = together(nano.NANO, world)
     ranks, head = model.voting.ranks, model.byte_head.vocabulary
     term = torch.tensor(TERMS[world.number], device=Place.device)
@@ -228,55 +231,59 @@ def counts_bytes(world: World, folder: Path) -> Any:
     """What the ranks received for the matrices of a step, and the formula of docs/scaling.md. The last step is of three passes."""
     config = replace(nano.NANO, num_layers=1)
     found = {}
-    for name, dtype, exchange, passes in (
-        ("float32", torch.float32, "full", 1),
-        ("bfloat16", torch.bfloat16, "full", 1),
-        ("eight bits", torch.bfloat16, "mxint8", 1),
-        ("three micro-batches", torch.bfloat16, "full", 3),
-    ):
-        model = together(config, world, dtype, exchange)
-        ranks = ranks_of(model)
-        ids_BT = world.share(random_ids())
-        losses = [model.losses(ids_BT) for _ in range(passes)]
-        read = model.state_dict()
-        before = {each: tensor.clone() for each, tensor in read.items()}
-        ranks.measured()
-        # The rows of the table of bytes, and the loss, are no matrices.
-        for module in model.ternary_modules().values():
-            if module.tensor_id not in ranks.owned:
-                module.frozen = True
-        for keeper in model.table_modules().values():
-            keeper.frozen = True
-        for step, of_pass in enumerate(losses):
-            model.backward(of_pass, rate=RATE, step=step, accum=passes)
-        model.step()
-        received = ranks.measured()[1]
-        matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owned}
-        wanted = sum(
-            received_bytes(
-                module.weight,
-                world.count,
-                gradient_bytes=bytes_of_an_element(module, dtype, exchange),
-                changed=0,
+    with pytest.MonkeyPatch.context() as patch:
+        for name, dtype, exchange, passes, whole in (
+            ("float32", torch.float32, "full", 1, 0),
+            ("bfloat16", torch.bfloat16, "full", 1, 0),
+            ("eight bits", torch.bfloat16, "mxint8", 1, 2**24),
+            ("three micro-batches", torch.bfloat16, "full", 3, 0),
+            ("pieces as they are", torch.bfloat16, "full", 1, 2**24),
+        ):
+            patch.setattr(ranks_module, "WHOLE_BYTES", whole)
+            model = together(config, world, dtype, exchange)
+            ranks = ranks_of(model)
+            ids_BT = world.share(random_ids())
+            losses = [model.losses(ids_BT) for _ in range(passes)]
+            read = model.state_dict()
+            before = {each: tensor.clone() for each, tensor in read.items()}
+            ranks.measured()
+            # The rows of the table of bytes, and the loss, are no matrices.
+            for module in model.ternary_modules().values():
+                if module.tensor_id not in ranks.owned:
+                    module.frozen = True
+            for keeper in model.table_modules().values():
+                keeper.frozen = True
+            for step, of_pass in enumerate(losses):
+                model.backward(of_pass, rate=RATE, step=step, accum=passes)
+            model.step()
+            received = ranks.measured()[1]
+            matrices = {n: m for n, m in model.ternary_modules().items() if m.tensor_id in ranks.owned}
+            wanted = sum(
+                received_bytes(
+                    module.weight,
+                    world.count,
+                    gradient_bytes=bytes_of_an_element(module, dtype, exchange),
+                    changed=0,
+                )
+                - (world.count - 1) * changes_bytes(read_bytes(module.weight), 0)
+                for module in matrices.values()
             )
-            - (world.count - 1) * changes_bytes(read_bytes(module.weight), 0)
-            for module in matrices.values()
-        )
-        # The weights of an owner are one piece.
-        for owner in range(world.count):
-            size = differ = 0
-            for of, module in matrices.items():
-                if ranks.owned[module.tensor_id][owner]:
-                    size += read_bytes(module.weight)
-                    for part in module.weight.tensors().keys() - VOTED_IN:
-                        after, was = (as_bytes(each[f"{of}.{part}"]) for each in (read, before))
-                        differ += int((after != was).sum())
-            assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
-            wanted += (world.count - 1) * changes_bytes(size, differ)
-        loss_bytes = passes * 4 * (world.count - 1) * world.count
-        sizes_bytes = 8 * (world.count - 1) * world.count
-        everyones = int(ranks.total(torch.tensor(received)))
-        found[name] = (everyones - loss_bytes - sizes_bytes, round(wanted))
+            is_whole = whole and exchange == "full"
+            # The weights of an owner are one piece.
+            for owner in range(world.count):
+                size = differ = 0
+                for of, module in matrices.items():
+                    if ranks.owned[module.tensor_id][owner]:
+                        size += read_bytes(module.weight)
+                        for part in module.weight.tensors().keys() - VOTED_IN:
+                            after, was = (as_bytes(each[f"{of}.{part}"]) for each in (read, before))
+                            differ += int((after != was).sum())
+                assert 0 < 2 * differ < size, "the changes are fewer than the bytes, or this compares nothing"
+                wanted += (world.count - 1) * (size if is_whole else changes_bytes(size, differ))
+            loss_bytes = passes * 4 * (world.count - 1) * world.count
+            sizes_bytes = 0 if is_whole else 8 * (world.count - 1) * world.count
+            everyones = int(ranks.total(torch.tensor(received)))
+            found[name] = (everyones - loss_bytes - sizes_bytes, round(wanted))
     return found
 
 

@@ -183,10 +183,11 @@ def test_each_rank_owns_some_matrices_of_a_stack(found: Found) -> None:
 def test_bytes_are_those_of_the_table(found: Found) -> None:
     for way, (counted, wanted) in found[1][0]["counts_bytes"].items():
         assert counted == wanted > 0, way
-    *sizes, several = [counted for counted, _ in found[1][0]["counts_bytes"].values()]
+    *sizes, several, whole = [counted for counted, _ in found[1][0]["counts_bytes"].values()]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     # Of three micro-batches the sums are exchanged, and no gradient. What a step changes is not the same.
     assert several == pytest.approx(sizes[1], rel=0.1)
+    assert whole > sizes[1]
 
 
 @both

@@ -8,10 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from arbitor.optimized.distributed import traffic, world
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import begin_measuring, measured
+from conformance.compare import exact
+from conformance.distributed.threads import Table, on_threads
 from conformance.graph import models
 
 
@@ -139,3 +142,36 @@ def test_a_recording_that_failed_is_none() -> None:
         raise RuntimeError("no memory")
     sent._receive(5)
     assert sent.measured() == (0.0, 5)
+
+
+def test_tensors_that_all_ranks_see_travel_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their dtypes and shapes, and in the order in which they were given."""
+    given = [
+        [
+            torch.tensor([[1, 2, 3]], dtype=torch.int8) + rank,
+            torch.tensor([2.0**40, -1.0]).double() + rank,
+            torch.tensor([rank == 0]),
+            torch.empty(0, 2),
+            torch.tensor([[7], [9]], dtype=torch.int32) + rank,
+            torch.tensor([3], dtype=torch.int64) + rank,
+        ]
+        for rank in range(2)
+    ]
+
+    def seen(number: int, table: Table) -> tuple[int, list[Tensor]]:
+        ranks, exchanged = GroupRanks(models.nano(), world.World(number, 2)), []
+
+        def gathered(_: traffic.Traffic, tensor: Tensor) -> list[Tensor]:
+            exchanged.append(tensor)
+            # As they arrive, one behind the other.
+            return list(torch.stack(table.meet(number, tensor)).unbind())
+
+        ranks._traffic.gathered = gathered.__get__(ranks._traffic)  # type: ignore[method-assign]
+        found = ranks.everyone(given[number])
+        assert ranks.everyone([]) == []
+        return len(exchanged), found
+
+    for exchanges, found in on_threads(2, seen):
+        assert exchanges == 1
+        for each, *of_ranks in zip(found, *given, strict=True):
+            exact(each, torch.cat(of_ranks))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from arbitor.reference.graph import ArbModel
+from arbitor.reference.graph import ArbModel, tables
 from arbitor.reference.graph.context import GraphContext
+from arbitor.reference.graph.ranks import Ranks
 from arbitor.reference.graph.tables import TableModule, when_voting
 from arbitor.reference.types import TernaryWeight
 from conformance.compare import exact
@@ -50,6 +52,35 @@ def test_a_table_counts_what_accepted_passes_saw() -> None:
     counter.step_tables()
     assert counter.tables()["count"].tolist() == [0, 2, 0, 2]
     assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]
+
+
+def test_what_passes_saw_of_all_tables_is_exchanged_at_once() -> None:
+    """A frozen table has no part in it, and no table means no exchange."""
+    exchanged: list[list[list[int]]] = []
+
+    class Twice(Ranks):
+        """Two ranks that see the same."""
+
+        def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+            exchanged.append([each.tolist() for each in tensors])
+            return [torch.cat([each, each]) for each in tensors]
+
+    context, x = models.nano().context, torch.ones(2, requires_grad=True)
+    counters, voting = [Counter(context) for _ in range(3)], context.voting
+    voting.ranks = Twice()
+    for ids in (torch.tensor([1, 3]), torch.tensor([2, 2])):
+        with voting.taking(rate=1.0, step=0):
+            y = counters[1](counters[0](x, ids), torch.tensor([0, 0]))
+            counters[2](y, ids).sum().backward()
+    counters[2].frozen = True
+    version = voting.version
+    tables.count_recorded(counters)
+    assert [sorted(each) for each in exchanged] == [[[0, 0], [0, 0], [1, 3], [2, 2]]]
+    counts = [counter.tables()["count"].tolist() for counter in counters]
+    assert counts == [[0, 2, 4, 2], [8, 0, 0, 0], [0, 0, 0, 0]] and voting.version == version + 2
+    assert not any(counter.recorded for counter in counters)
+    tables.count_recorded([])
+    assert len(exchanged) == 1
 
 
 def test_what_a_pass_saw_is_forgotten_with_the_table() -> None:

@@ -118,15 +118,25 @@ class Piece:
         self._tensors += tensors
         self.size += sum(each.numel() for each in tensors)
 
-    def step(self, apply: Callable[[Sequence[int]], None]) -> Changed:
-        """Step the weights on their owner by `apply`, which takes their tensor ids; return what changed."""
-        before = torch.cat(self._tensors)
+    def step(self, apply: Callable[[Sequence[int]], None]) -> None:
+        """Step the weights on their owner by `apply`, which takes their tensor ids."""
         apply(self._tensor_ids)
-        return Changed(before, torch.cat(self._tensors))
+
+    def changed_by(self, apply: Callable[[Sequence[int]], None]) -> Changed:
+        """Step the weights as `step` does; return what changed."""
+        before = self.content()
+        self.step(apply)
+        return Changed(before, self.content())
+
+    def content(self) -> Tensor:
+        """Return a copy of the piece, uint8 [P]."""
+        return torch.cat(self._tensors)
 
     def change(self, sent: Tensor) -> None:
-        """Give the weights what their owner has sent."""
-        piece = torch.cat(self._tensors)
-        change(piece, sent)
+        """Give the weights what their owner has sent: the piece, or its changes if these are shorter."""
+        piece = sent
+        if sent.numel() < self.size:
+            piece = self.content()
+            change(piece, sent)
         # One launch copies many tensors.
         torch._foreach_copy_(self._tensors, piece.split([len(each) for each in self._tensors]))

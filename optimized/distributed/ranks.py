@@ -34,6 +34,13 @@ from arbitor.reference.types import LaidOutWeight, TernaryWeight
 FULL, MXINT8 = EXCHANGES
 """In the dtype of the activations, or in eight bits."""
 
+WIDEST_BYTES = 8
+"""Bytes of the widest element of a tensor that passes leave for tables."""
+
+WHOLE_BYTES = 2**24
+"""Most bytes of the trits and levels of an owner that are sent as they are. To wait for the number of those that changed would take
+longer between GPUs of one host: there so many bytes take 50 us."""
+
 PIECE_BYTES, RUN_BYTES = 2**26, 2**28
 """Most bytes of the trits and levels of several weights that are sent as one, and of the pieces that an owner steps before it sends
 what changed. A larger weight is sent alone."""
@@ -77,6 +84,8 @@ class GroupRanks(Ranks):
                 module.leave_votes(kept)
         # The host waits before it sends. So it sends as late as it can, when all else of a step is launched.
         self._unsent: Callable[[], None] | None = None
+        # The weights of the last step, and their pieces by owner. To slice them takes as long as a backward pass of a small model.
+        self._pieces: tuple[dict[int, LaidOutWeight], list[list[Piece]]] = {}, []
         model.voting.ranks = self
 
     def part(self, loss: Tensor) -> Tensor:
@@ -87,9 +96,22 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         return in_order(self._traffic.gathered(values))
 
-    def everyone(self, rows: Tensor) -> Tensor:
-        """See `Ranks`."""
-        return torch.cat(self._traffic.gathered(rows))
+    def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Ranks`. They travel as one."""
+        if not tensors:
+            return []
+        # Elements of more bytes come first, so that each tensor begins at a multiple of its elements.
+        order = sorted(range(len(tensors)), key=lambda each: -tensors[each].element_size())
+        parts = [as_bytes(tensors[each]) for each in order]
+        sizes, found = [len(part) for part in parts], list(tensors)
+        arrived = self._traffic.gathered(torch.cat(parts))
+        # The bytes of a rank begin behind those of the rank before.
+        if sum(sizes) % WIDEST_BYTES:
+            arrived = [of_rank.clone() for of_rank in arrived]
+        for each, *of_ranks in zip(order, *(of_rank.split(sizes) for of_rank in arrived), strict=True):
+            like = tensors[each]
+            found[each] = torch.cat([part.view(like.dtype).view(like.shape) for part in of_ranks])
+        return found
 
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """See `Ranks`. The host waits for the parts."""
@@ -184,15 +206,38 @@ class GroupRanks(Ranks):
         by_all = [tensor_id for tensor_id in weights if tensor_id not in self.owned]
         if by_all:
             apply(by_all)
-        pieces: list[list[Piece]] = [[] for _ in range(self.count)]
-        for tensor_id, weight in weights.items():
-            for of_owner, rows in zip(pieces, self.owned.get(tensor_id, ()), strict=False):
-                if rows:
-                    _add_to_pieces(of_owner, tensor_id, weight.part(rows))
+        pieces = self._pieces_of(weights)
         for places in _runs(pieces):
             self._send_changes()
             own = pieces[self.number][places.start : places.stop]
-            self._unsent = partial(self._spread, pieces, places, [piece.step(apply) for piece in own])
+            if self._go_whole(pieces):
+                for piece in own:
+                    piece.step(apply)
+                self._spread_whole(pieces, places)
+            else:
+                changed = [piece.changed_by(apply) for piece in own]
+                self._unsent = partial(self._spread, pieces, places, changed)
+
+    def _pieces_of(self, weights: Mapping[int, LaidOutWeight]) -> Sequence[Sequence[Piece]]:
+        """Return the pieces of each owner. They are made anew only for other weights than those of the step before."""
+        before, pieces = self._pieces
+        if before.keys() != weights.keys() or any(weights[each] is not before[each] for each in weights):
+            pieces = [[] for _ in range(self.count)]
+            for tensor_id, weight in weights.items():
+                for of_owner, rows in zip(pieces, self.owned.get(tensor_id, ()), strict=False):
+                    if rows:
+                        _add_to_pieces(of_owner, tensor_id, weight.part(rows))
+            self._pieces = dict(weights), pieces
+        return pieces
+
+    def _go_whole(self, pieces: Sequence[Sequence[Piece]]) -> bool:
+        """Return whether pieces are sent as they are, so that the host need not wait. Every rank finds the same.
+
+        Eight bits are for networks on which each byte counts more than the host.
+        """
+        return (
+            not self._in_eight_bits and max(sum(each.size for each in own) for own in pieces) <= WHOLE_BYTES
+        )
 
     def finish(self) -> None:
         """See `Ranks`."""
@@ -308,16 +353,28 @@ class GroupRanks(Ranks):
         everyones = torch.stack(self._traffic.gathered(numbers)).tolist()
         for owner, of_owner in enumerate(pieces):
             if some := of_owner[places.start : places.stop]:
-                self._send(some, owner, everyones[owner], own)
+                self._send_some(some, owner, everyones[owner], own)
 
-    def _send(
+    def _spread_whole(self, pieces: Sequence[Sequence[Piece]], places: range) -> None:
+        """Begin to send the pieces of owners at some places as they are. A rank has its own."""
+        for owner, of_owner in enumerate(pieces):
+            if some := of_owner[places.start : places.stop]:
+                sent = [piece.content() for piece in some] if owner == self.number else []
+                self._send(some, owner, sent, [piece.size for piece in some])
+
+    def _send_some(
         self, pieces: Sequence[Piece], owner: int, numbers: Sequence[int], own: Sequence[Changed]
     ) -> None:
-        """Begin to send the changes of pieces from their owner to all, as one. The ranks know how many bytes of each changed."""
-        is_mine = owner == self.number
+        """Begin to send the changes of pieces from their owner to all. The ranks know how many bytes of each changed."""
         sizes = [changes_bytes(piece.size, number) for piece, number in zip(pieces, numbers, strict=False)]
+        sent = [each.sent(number) for each, number in zip(own, numbers, strict=False)]
+        self._send(pieces, owner, sent, sizes)
+
+    def _send(self, pieces: Sequence[Piece], owner: int, own: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Begin to send what makes pieces what they are on their owner to all, as one. `own` is that of this rank."""
+        is_mine = owner == self.number
         if is_mine:
-            sent = torch.cat([each.sent(number) for each, number in zip(own, numbers, strict=False)])
+            sent = torch.cat(list(own))
         else:
             sent = torch.empty(sum(sizes), dtype=torch.uint8, device=pieces[0].device)
         wait = self._traffic.begin_broadcast(sent, owner)
@@ -325,7 +382,7 @@ class GroupRanks(Ranks):
         def end() -> None:
             wait()
             if not is_mine:
-                for piece, part in zip(pieces, sent.split(sizes), strict=True):
+                for piece, part in zip(pieces, sent.split(list(sizes)), strict=True):
                     piece.change(part)
 
         self._traffic.later(sent.numel(), end)

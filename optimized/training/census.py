@@ -108,7 +108,7 @@ class Census:
         }
         model.voting.deliver()
         self._chosen = {
-            name: torch.cat([ranks.everyone(ids).flatten() for _, ids in module.recorded])
+            name: torch.cat([ids.flatten() for ids in ranks.everyone([ids for _, ids in module.recorded])])
             for name, module in self._codebooks().items()
             if module.recorded
         }

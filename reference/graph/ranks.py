@@ -58,9 +58,9 @@ class Ranks:
         """Return the sum over ranks, added in the order of their numbers. Each rank has the same bits."""
         return values
 
-    def everyone(self, rows: Tensor) -> Tensor:
-        """Return the tensors of all ranks, one after the other along the first dimension, in the order of their numbers."""
-        return rows
+    def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return, for each of some tensors, those of all ranks: one after the other along the first dimension, by their numbers."""
+        return list(tensors)
 
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Give a tensor to each rank, and return what each rank gave to this one, in the order of their numbers.

@@ -16,7 +16,7 @@ from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
 from arbitor.reference.graph.parts import row_parts
-from arbitor.reference.graph.tables import TableModule
+from arbitor.reference.graph.tables import TableModule, count_recorded
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight, overwrite
 
@@ -170,8 +170,7 @@ class Stateful(ArbModule):
 
     def step_tables(self) -> None:
         """Count what passes recorded for tables. It is the second half of a step, inside of `stepping`."""
-        for keeper in self.table_modules().values():
-            keeper.step_tables()
+        count_recorded(list(self.table_modules().values()))
 
     def change_dtype(self, dtype: torch.dtype) -> None:
         """Let activations be of another dtype from now on; refuse one that is not allowed."""

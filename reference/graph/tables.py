@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +55,7 @@ class TableModule(ArbModule):
 
     def step_tables(self) -> None:
         """Count what passes recorded since the last step, in place, and forget it. A frozen module only forgets."""
-        self.voting.deliver()
-        passes, self.recorded = self.recorded, []
-        if passes and not self.frozen:
-            everyone = self.voting.ranks.everyone
-            self.count_passes([tuple(everyone(seen) for seen in each) for each in passes])
-            self.voting.version += 1
+        count_recorded([self])
 
     def count_passes(self, passes: list[tuple[Tensor, ...]]) -> None:
         """Change the tables by what one or more passes saw. A table that counts nothing stays as it is."""
@@ -78,6 +73,23 @@ class TableModule(ArbModule):
                 table = self.get_buffer(name)
                 checks.tensor(prefix + name, value, table.dtype, table.shape)
                 checks.values_between(prefix + name, value, *self._ranges[name])
+
+
+def count_recorded(modules: Sequence[TableModule]) -> None:
+    """Do as `step_tables` with several modules of one model. What the passes of all ranks saw is exchanged once for all modules."""
+    if not modules:
+        return
+    voting = modules[0].voting
+    voting.deliver()
+    recorded = {module: module.recorded for module in modules if module.recorded and not module.frozen}
+    for module in modules:
+        module.recorded = []
+    everyone = iter(
+        voting.ranks.everyone([seen for passes in recorded.values() for each in passes for seen in each])
+    )
+    for module, passes in recorded.items():
+        module.count_passes([tuple(next(everyone) for _ in each) for each in passes])
+        voting.version += 1
 
 
 def when_voting(x: Tensor, table: TableModule, *seen: Tensor) -> Tensor:
