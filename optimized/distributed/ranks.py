@@ -397,15 +397,18 @@ class GroupRanks(Ranks):
     def _put_together(self, module: TernaryModule) -> dict[str, Tensor]:
         """Return what votes change of a weight that several ranks own: whole on rank 0, and as this rank has it on other ranks."""
         own = {name: each for name, each in module.own_rows().tensors().items() if name in VOTED_IN}
-        found = {name: [each] for name, each in own.items()}
+        found = {name: each for name, each in module.weight.tensors().items() if name in VOTED_IN}
+        if self.number == 0:
+            found = {
+                name: torch.empty_like(each, memory_format=torch.contiguous_format)
+                for name, each in found.items()
+            }
         for rank, rows in enumerate(self.owned[module.tensor_id]):
-            if rank and rows:
-                for name, each in own.items():
-                    arrived = self._traffic.at_first(each, rank, len(rows))
-                    found[name] += [] if arrived is None else [arrived.to(each.device)]
-        if self.number:
-            return {name: each for name, each in module.weight.tensors().items() if name in VOTED_IN}
-        return {name: torch.cat(each) for name, each in found.items()}
+            for name, each in own.items() if rows else ():
+                arrived = self._traffic.at_first(each, rank, len(rows)) if rank else each
+                if self.number == 0 and arrived is not None:
+                    found[name][rows.start : rows.stop] = arrived
+        return found
 
     def _parts_of(self, own: Tensor) -> list[Tensor]:
         """Return the tensors that all ranks have, of one shape but for the first dimension, on the CPU of rank 0; [] on others."""
