@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,21 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from arbitor.optimized import ops as optimized_ops
 from arbitor.optimized.kernels import scale, unpack
-from arbitor.optimized.layouts import DeviceWeight
 from arbitor.optimized.training.checkpoint import state_sha256
 from arbitor.optimized.training.passes import Passes, RecordedPasses
 from arbitor.optimized.training.run import Run
-from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph import ArbModel
 from conformance.compare import exact
 from conformance.graph import models
-from conformance.report import skip
 from conformance.subject import Subject, needs_cuda, needs_ours
 from conformance.training import nano
 from conformance.training.no_graphs import FIRST_BYTES, some_losses_are_not_finite, without_graphs
-
-# Not by name: `ops` has ops of the names of its files.
-unpacked = import_module("arbitor.optimized.ops.unpacked")
+from conformance.unpacked_weights import floats, unpacked, weight_like
 
 SHAPES = (
     ((5, 24), 1),
@@ -75,22 +67,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     of_several = counted(unpack._unpack_together_kernel, lambda given: "together")
     monkeypatch.setattr(unpack, "_unpack_together_kernel", of_several)
     return counts
-
-
-def weight_like(
-    subject: Subject, num_rows: int, num_columns: int, *, seed: int = 1, group_size: int = 12, bits: int = 0
-) -> Any:
-    """Return a random weight in device layout."""
-    weight = reference_ops.initial_weight(
-        (num_rows, num_columns), std=0.05, seed=seed, tensor_id=2, group_size=group_size
-    ).with_mantissa(bits)
-    return optimized_ops.from_spec(weight.to(subject.device))
-
-
-def floats(subject: Subject, num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return whole numbers as floats, whose products are exact."""
-    generator = torch.Generator().manual_seed(num_rows)
-    return torch.randint(-8, 9, (num_rows, num_columns), generator=generator).to(subject.device, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,119 +153,6 @@ def test_every_product_of_a_pass_reads_one_copy(
         assert launches == {how: 1}
         for one, other in zip(found, want, strict=True):
             exact(one, other)
-
-
-def counts_are_full(weight: Any) -> Any:
-    """Return a weight whose next step moves every trit and every exponent."""
-    weight.trit_accum.fill_(100)
-    weight.exponent_accum.fill_(-100)
-    return weight
-
-
-def revived(weight: Any) -> None:
-    device = weight.words.device
-    z_RC = torch.full((2, weight.shape[1]), 3.0, device=device)
-    vectors = torch.tensor([1, 0, 1], device=device)
-    optimized_ops.revive_codes(weight, z_RC, vectors, first=1, out=weight)
-
-
-def loaded(weight: Any) -> None:
-    other = DeviceWeight(
-        weight.words.flip(0), weight.exponents + 1, weight.trit_accum, weight.exponent_accum, weight.shape
-    )
-    other.into(weight)
-
-
-def moved(weight: Any) -> None:
-    weight.words.data = weight.words.flip(0)
-
-
-def with_exponents_moved(weight: Any) -> None:
-    weight.exponents.data = weight.exponents + 1
-
-
-def in_inference_mode(weight: Any) -> None:
-    with torch.inference_mode():
-        weight.exponents.add_(1)
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "a step": lambda weight: optimized_ops.apply_step(counts_are_full(weight), out=weight),
-    "a step of rows": lambda weight: optimized_ops.apply_step(
-        counts_are_full(weight), rows=torch.tensor([3, 5], device=weight.words.device), out=weight
-    ),
-    "steps of several": lambda weight: optimized_ops.apply_steps((counts_are_full(weight),), out=(weight,)),
-    "a revival": revived,
-    "a load": loaded,
-    "codes of the user": lambda weight: weight.words.copy_(weight.words.flip(0)),
-    "exponents of the user": lambda weight: weight.exponents[4:].sub_(2),
-    "another place": moved,
-    "another place of exponents": with_exponents_moved,
-    "inference mode": in_inference_mode,
-}
-"""What may change a weight within a pass."""
-
-
-def products_after(
-    subject: Subject, change: Callable[[Any], Any], *, passes: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Change a weight in the last of some passes, and return its products after that with those of a copy of it."""
-    weight, x = weight_like(subject, 24, 36), floats(subject, 5, 36)
-    grad, copies = floats(subject, 6, 24), unpacked.Copies()
-    for number in range(passes):
-        with copies.in_pass({"w": weight}, x.dtype):
-            before = optimized_ops.linear(x, weight)
-            if number + 1 < passes:
-                continue
-            change(weight)
-            anew = weight.clone()
-            found = optimized_ops.linear(x, weight), optimized_ops.linear_input_grad(grad, weight)
-            # Of the changed weight there is a copy again.
-            again = optimized_ops.linear(x, weight), optimized_ops.linear_input_grad(grad, weight)
-    want = optimized_ops.linear(x, anew), optimized_ops.linear_input_grad(grad, anew)
-    assert not torch.equal(before, want[0]), "nothing has changed"
-    return [*zip(found, want, strict=True), *zip(again, want, strict=True)]
-
-
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("passes", [1, 2])
-def test_a_weight_that_changes_within_a_pass_is_unpacked_anew(
-    subject: Subject, name: str, passes: int
-) -> None:
-    for found, want in products_after(subject, CHANGES[name], passes=passes):
-        exact(found, want)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_copy_that_outlives_a_change_would_be_seen(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The fault is planted: a state that never changes."""
-    monkeypatch.setattr(unpacked, "_state", lambda weight: ())
-    assert not any(
-        torch.equal(found, want) for found, want in products_after(subject, CHANGES[name], passes=1)
-    )
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_memory_that_was_unpacked_is_held(subject: Subject, passes: int) -> None:
-    """`Tensor.data` exchanges the memory of codes under their version. So no later memory may have the address of the first."""
-    if torch.device(subject.device).type != "cpu":
-        skip("memory of a copy", "only memory of the CPU can be watched from Python")
-    weight, x, copies = weight_like(subject, 24, 36), floats(subject, 5, 36), unpacked.Copies()
-    for _ in range(passes):
-        memory = weight.words.numpy().copy()
-        weight.words.data = torch.from_numpy(memory)
-        is_held = weakref.ref(memory)
-        del memory
-        with copies.in_pass({"w": weight}, x.dtype):
-            optimized_ops.linear(x, weight)
-            weight.words.data = weight.words.flip(0)
-            gc.collect()
-            assert is_held() is not None
-            exact(optimized_ops.linear(x, weight), optimized_ops.linear(x, weight.clone()))
-        gc.collect()
-        assert is_held() is None
 
 
 def write_unseen(weight: Any) -> None:
