@@ -1,4 +1,4 @@
-"""Gradients that travel together: what is added, by whom, in what order it arrives, and in how many exchanges.
+"""Gradients that travel together, and pieces that go whole: what arrives where, in what order, and in how many exchanges.
 
 Legend: N rows of a gradient, K columns, P elements, R ranks.
 """
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed import gradients
+from arbitor.optimized.distributed import ranks as ranks_module
 from arbitor.optimized.distributed.gradients import GradientSums, Sending
+from arbitor.optimized.distributed.ranks import FULL, MXINT8, GroupRanks
 from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.optimized.distributed.world import World
 from arbitor.reference.graph.mxint8 import decoded, encoded
+from arbitor.reference.graph.ranks import Gradient
 from conformance.compare import exact
 from conformance.distributed.threads import Table, on_threads
+from conformance.graph import models
 
 WHOLE, NONE = range(4), range(0)
 PLACES = {
@@ -67,10 +71,13 @@ class Rank:
         *,
         name: str = "",
         compact: bool = False,
-        sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         note = partial(self._note, name or f"{tensor_id} {to}")
-        self.sums.begin(tensor_id, Sending(grad_NK, PLACES[to], note), compact=compact, sum_dtype=sum_dtype)
+        rows = [
+            range(*(each * len(grad_NK) // len(WHOLE) for each in (rows.start, rows.stop)))
+            for rows in PLACES[to]
+        ]
+        self.sums.begin(tensor_id, Sending(grad_NK, rows, note), compact=compact)
 
     def _note(self, name: str, sum_NK: Tensor | None) -> None:
         self.arrived.append((name, sum_NK))
@@ -109,7 +116,7 @@ def test_each_rank_is_given_the_sums_of_its_rows(
         rank = Rank(number, table)
         for at, (place, to) in enumerate(sent):
             grad_NK = gradient(number, at, columns[place], dtype)
-            rank.begin(at, grad_NK, to, name=str(at), compact=compact, sum_dtype=dtype)
+            rank.begin(at, grad_NK, to, name=str(at), compact=compact)
         rank.finish()
         return rank
 
@@ -178,14 +185,14 @@ def test_sums_of_one_weight_arrive_in_their_order() -> None:
         rank = Rank(number, table)
         rank.begin(0, gradient(number, 0, columns=3), "first", name="odd")
         rank.begin(1, gradient(number, 1), "first", name="another weight")
-        rank.begin(0, gradient(number, 2, columns=3), "first", name="odd again")
+        rank.begin(0, gradient(number, 2, columns=8)[:2], "first", name="even")
         rank.begin(0, gradient(number, 3, dtype=torch.bfloat16), "first", name="another dtype")
         rank.begin(0, gradient(number, 4, columns=2**18 + 1), "first", name="large")
         rank.begin(0, gradient(number, 5, columns=3), "first", name="odd at last")
         rank.finish()
         return [name for name, _ in rank.arrived if name != "another weight"]
 
-    want = ["odd", "odd again", "another dtype", "large", "odd at last"]
+    want = ["odd", "even", "another dtype", "large", "odd at last"]
     assert on_threads(2, work) == [want] * 2
 
 
@@ -213,3 +220,84 @@ def test_gradients_of_a_pass_that_raised_are_forgotten() -> None:
         return [name for name, _ in rank.arrived]
 
     assert on_threads(2, work) == [["of the next pass"]] * 2
+
+
+def group_ranks(number: int, table: Table) -> GroupRanks:
+    """Return what a rank of a model has, whose exchanges meet at a table."""
+    ranks = GroupRanks(models.nano(), World(number, table.count))
+    ranks._traffic = TableTraffic(number, table)
+    ranks._sums = GradientSums(ranks._traffic, number, table.count)
+    return ranks
+
+
+def test_rows_that_a_batch_chose_are_cast_after_what_waits_of_their_table() -> None:
+    """And the gradients of a pass that is abandoned are not cast at all."""
+
+    def work(number: int, table: Table) -> tuple[list[str], list[str]]:
+        ranks, cast = group_ranks(number, table), []
+        weight = ranks._model.embedding.table
+        whole = Gradient(torch.ones(weight.weight.shape))
+        chosen = Gradient(torch.ones(2, weight.weight.shape[1]), torch.tensor([1, 2]), chosen=True)
+
+        def exchange() -> None:
+            for name, each in (("whole", whole), ("chosen", chosen), ("whole again", whole)):
+                ranks.exchange(weight.tensor_id, each, lambda _, name=name: cast.append(name))
+
+        exchange()
+        ranks.finish()
+        of_pass = list(cast)
+        exchange()
+        ranks.abandon()
+        ranks.finish()
+        return of_pass, cast[len(of_pass) :]
+
+    assert on_threads(2, work) == [(["whole", "chosen", "whole again"], [])] * 2
+
+
+def test_a_first_step_after_which_nothing_has_voted() -> None:
+    """As that of a run whose first losses are all refused."""
+
+    def work(number: int, table: Table) -> bool:
+        ranks = group_ranks(number, table)
+        ranks._model.step()
+        return ranks._model.voting.torn
+
+    assert on_threads(2, work) == [False] * 2
+
+
+def test_pieces_are_made_anew_for_other_weights() -> None:
+    """A weight that was moved lies in other memory, and one that is frozen is in no piece."""
+    ranks = GroupRanks(models.nano(), World(0, 2))
+    weights = {each.tensor_id: each.weight for each in ranks._model.ternary_modules().values()}
+    pieces = ranks._pieces_of(weights)
+    assert ranks._pieces_of(dict(weights)) is pieces
+    owned = max(ranks.owned)
+    fewer = {tensor_id: weight for tensor_id, weight in weights.items() if tensor_id != owned}
+    sizes = [
+        sum(piece.size for of_owner in each for piece in of_owner)
+        for each in (pieces, ranks._pieces_of(fewer))
+    ]
+    assert sizes[0] > sizes[1] > 0
+    moved = {**weights, owned: weights[owned].clone()}
+    for tensor_id, changed in ((owned, moved[owned]), (min(ranks.owned), weights[min(ranks.owned)])):
+        at = changed.tensors()["exponents"].data_ptr()
+        of_owners = ranks._pieces_of(moved)
+        assert at in {
+            each.data_ptr() for of_owner in of_owners for piece in of_owner for each in piece._tensors
+        }, tensor_id
+
+
+def test_all_ranks_find_alike_whether_pieces_go_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the owner that has most. A rank that went by its own pieces would wait for a number that nobody sends."""
+    model = models.nano()
+    weights = {each.tensor_id: each.weight for each in model.ternary_modules().values()}
+    found = []
+    for exchange, more in ((FULL, -1), (FULL, 0), (MXINT8, 0)):
+        for number in range(2):
+            ranks = GroupRanks(models.nano(), World(number, 2), exchange=exchange)
+            pieces = ranks._pieces_of(weights)
+            sizes = sorted(sum(piece.size for piece in of_owner) for of_owner in pieces)
+            assert sizes[0] < sizes[1]
+            monkeypatch.setattr(ranks_module, "WHOLE_BYTES", sizes[1] + more)
+            found.append(ranks._go_whole(pieces))
+    assert found == [False, False, True, True, False, False]

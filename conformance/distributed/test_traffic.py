@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arbitor.optimized.distributed import ranks as ranks_module
 from arbitor.optimized.distributed import traffic, world
 from arbitor.optimized.distributed.ranks import GroupRanks
 from arbitor.optimized.distributed.run import begin_measuring, measured
@@ -167,11 +168,14 @@ def test_tensors_that_all_ranks_see_travel_as_one(monkeypatch: pytest.MonkeyPatc
             return list(torch.stack(table.meet(number, tensor)).unbind())
 
         ranks._traffic.gathered = gathered.__get__(ranks._traffic)  # type: ignore[method-assign]
-        found = ranks.everyone(given[number])
-        assert ranks.everyone([]) == []
+        found = list(ranks.everyone(given[number]))
+        assert not list(ranks.everyone([]))
         return len(exchanged), found
 
+    assert [exchanges for exchanges, _ in on_threads(2, seen)] == [1, 1]
+    # An int64 does not fit behind the others.
+    monkeypatch.setattr(ranks_module, "TOGETHER_BYTES", 3 + 16 + 1 + 8 + 7)
     for exchanges, found in on_threads(2, seen):
-        assert exchanges == 1
+        assert exchanges == 2
         for each, *of_ranks in zip(found, *given, strict=True):
             exact(each, torch.cat(of_ranks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def test_what_passes_saw_of_all_tables_is_exchanged_at_once() -> None:
     class Twice(Ranks):
         """Two ranks that see the same."""
 
-        def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        def everyone(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
             exchanged.append([each.tolist() for each in tensors])
-            return [torch.cat([each, each]) for each in tensors]
+            return iter([torch.cat([each, each]) for each in tensors])
 
     context, x = models.nano().context, torch.ones(2, requires_grad=True)
     counters, voting = [Counter(context) for _ in range(3)], context.voting

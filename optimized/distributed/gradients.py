@@ -1,7 +1,7 @@
-"""Gradients on their way to the ranks that step their weights, which add them: large ones in parts, small ones together.
+"""Gradients on their way to the ranks that step their weights. These ranks add them.
 
-An exchange costs the same however little it carries, and a small model has many small matrices. So small gradients wait for each
-other, and travel as one. No sum depends on what travels together.
+An exchange takes the same time however few bytes it carries, and a small model has many small matrices. So small gradients wait for
+each other, and travel as one. Large gradients travel in parts. No sum depends on what travels together.
 Legend: N rows of a gradient, K columns, P elements that a rank is sent, R ranks.
 """
 
@@ -18,13 +18,14 @@ from arbitor.optimized.distributed.traffic import Traffic
 from arbitor.reference.graph.mxint8 import BLOCK, encoded_bytes
 
 SMALL_BYTES = 2**22
-"""Most bytes of a gradient that waits for others. Between GPUs of one host they take as long as some exchanges take to begin."""
+"""Most bytes of a gradient that waits for others. Between GPUs of one host so many bytes take no longer than some exchanges take to
+begin."""
 
 TOGETHER_BYTES = 2**23
-"""Bytes of gradients, from which on they travel, so that they do so beside the backward pass."""
+"""Gradients that wait are sent once they have so many bytes. They then travel beside the backward pass."""
 
 ALIGNED = 8
-"""Elements from which on a sum among others begins at a multiple of 16 bytes, as a sum by itself does, and kernels ask for."""
+"""A sum begins at a multiple of so many elements, which is at least 16 bytes. Kernels ask for that."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,14 @@ class Kind:
     """What gradients have in common that travel together.
 
     Fields:
-        to_all:     whether all ranks are sent all of a gradient.
-        compact:    whether it travels in eight bits.
-        dtype:      of the gradient.
-        sum_dtype:  to which the sum is rounded.
+        to_all:  whether all ranks are sent all of a gradient.
+        compact: whether it travels in eight bits.
+        dtype:   of the gradient, and of its sum.
     """
 
     to_all: bool
     compact: bool
     dtype: torch.dtype
-    sum_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -70,19 +69,18 @@ class GradientSums:
         """
         self._traffic, self._number, self._count = traffic, number, count
         self._waiting: dict[Kind, list[Sending]] = {}
-        # How the gradients of a weight travel that wait. They are given on in the order in which they came.
+        # The one kind of all gradients of a weight that wait. So these arrive in the order in which they came.
         self._kinds: dict[int, Kind] = {}
 
-    def begin(self, tensor_id: int, sending: Sending, *, compact: bool, sum_dtype: torch.dtype) -> None:
+    def begin(self, tensor_id: int, sending: Sending, *, compact: bool) -> None:
         """Begin to send the gradient of a weight, or let it wait for others.
 
         Args:
-            tensor_id, sending: the weight, and its gradient.
-            compact:   whether it travels in eight bits.
-            sum_dtype: to which its sum is rounded, float32 or bfloat16.
+            tensor_id, sending: the weight, and its gradient, float32 or bfloat16. The sum is rounded to the same dtype.
+            compact: whether the gradient travels in eight bits.
         """
         grad_NK = sending.grad_NK
-        kind = Kind(len(sending.places) == 1, compact, grad_NK.dtype, sum_dtype)
+        kind = Kind(len(sending.places) == 1, compact, grad_NK.dtype)
         # Blocks of eight bits would reach from one row to the next.
         may_wait = grad_NK.nbytes <= SMALL_BYTES and not (compact and grad_NK.shape[1] % BLOCK)
         if self._kinds.get(tensor_id, kind) != kind or not may_wait:
@@ -130,7 +128,7 @@ class GradientSums:
         own = sending.places[0 if kind.to_all else self._number]
         row_bytes = encoded_bytes(1, num_columns) if kind.compact else num_columns * grad_NK.element_size()
         num_steps = max(-(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1)), 1)
-        total_NK = torch.empty((len(own), num_columns), dtype=kind.sum_dtype, device=grad_NK.device)
+        total_NK = torch.empty((len(own), num_columns), dtype=kind.dtype, device=grad_NK.device)
 
         def begin(step: int) -> None:
             parts = [_part_of(each, step, num_steps) for each in sending.places]
@@ -154,23 +152,26 @@ class GradientSums:
         self._kinds = {tensor_id: each for tensor_id, each in self._kinds.items() if each != kind}
         if not together:
             return
-        # After them none would begin where kernels ask for it. Gradients of one weight keep their order.
-        together.sort(key=_is_odd)
+        # Behind a gradient of an odd size no sum would be aligned.
+        order = sorted(range(len(together)), key=lambda place: _is_odd(together[place]))
         parts = [
-            [each.grad_NK[rows.start : rows.stop].flatten() for rows in each.places] for each in together
+            [each.grad_NK[rows.start : rows.stop].flatten() for rows in each.places]
+            for each in (together[place] for place in order)
         ]
         sent = [
             _sent(torch.cat(to_rank)[None], kind.compact).flatten() for to_rank in zip(*parts, strict=True)
         ]
         sizes = [len(each[0 if kind.to_all else self._number]) for each in parts]
-        total_P = torch.empty(sum(sizes), dtype=kind.sum_dtype, device=sent[0].device)
+        total_P = torch.empty(sum(sizes), dtype=kind.dtype, device=sent[0].device)
         wait = self._begin(sent)
 
         def end() -> None:
             _add(wait(), total_P[None], kind.compact)
-            for each, sum_P in zip(together, total_P.split(sizes), strict=True):
-                begins_well = sum_P.storage_offset() % ALIGNED == 0
-                sum_NK = (sum_P if begins_well else sum_P.clone()).view(-1, each.grad_NK.shape[1])
+            sums = dict(zip(order, total_P.split(sizes), strict=True))
+            for place, each in enumerate(together):
+                sum_P = sums[place]
+                is_aligned = sum_P.storage_offset() % ALIGNED == 0
+                sum_NK = (sum_P if is_aligned else sum_P.clone()).view(-1, each.grad_NK.shape[1])
                 each.arrived(sum_NK if len(sum_P) else None)
 
         self._traffic.later(sum(each.nbytes for each in sent), end)

@@ -7,6 +7,7 @@ Legend: N rows of a gradient, K columns, S rows or matrices that one rank names.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arbitor.optimized.distributed.changes import Changed, Piece, changes_bytes
-from arbitor.optimized.distributed.gradients import GradientSums, Sending
+from arbitor.optimized.distributed.gradients import TOGETHER_BYTES, GradientSums, Sending
 from arbitor.optimized.distributed.owners import owned_rows
 from arbitor.optimized.distributed.sums import in_order, sum_in_order
 from arbitor.optimized.distributed.traffic import Recorded, Traffic
@@ -39,7 +40,7 @@ WIDEST_BYTES = 8
 
 WHOLE_BYTES = 2**24
 """Most bytes of the trits and levels of an owner that are sent as they are. To wait for the number of those that changed would take
-longer between GPUs of one host: there so many bytes take 50 us."""
+longer between GPUs of one host, where 16 MiB take 50 us."""
 
 PIECE_BYTES, RUN_BYTES = 2**26, 2**28
 """Most bytes of the trits and levels of several weights that are sent as one, and of the pieces that an owner steps before it sends
@@ -84,8 +85,10 @@ class GroupRanks(Ranks):
                 module.leave_votes(kept)
         # The host waits before it sends. So it sends as late as it can, when all else of a step is launched.
         self._unsent: Callable[[], None] | None = None
-        # The weights of the last step, and their pieces by owner. To slice them takes as long as a backward pass of a small model.
-        self._pieces: tuple[dict[int, LaidOutWeight], list[list[Piece]]] = {}, []
+        # The weights of the last step, and their pieces by owner. To slice weights takes as long as a small backward pass. The
+        # accumulators of weights that are gone are not held.
+        self._pieces: tuple[dict[int, weakref.ref[LaidOutWeight]], list[list[Piece]]]
+        self._pieces = {}, [[] for _ in range(self.count)]
         model.voting.ranks = self
 
     def part(self, loss: Tensor) -> Tensor:
@@ -96,17 +99,26 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         return in_order(self._traffic.gathered(values))
 
-    def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """See `Ranks`. They travel as one."""
-        if not tensors:
-            return []
+    def everyone(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """See `Ranks`. Small tensors travel together."""
+        some: list[Tensor] = []
+        for each in tensors:
+            if some and sum(other.nbytes for other in (*some, each)) > TOGETHER_BYTES:
+                yield from self._of_everyone(some)
+                some = []
+            some.append(each)
+        if some:
+            yield from self._of_everyone(some)
+
+    def _of_everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of all ranks for each of some, which travel as one."""
         # Elements of more bytes come first, so that each tensor begins at a multiple of its elements.
         order = sorted(range(len(tensors)), key=lambda each: -tensors[each].element_size())
         parts = [as_bytes(tensors[each]) for each in order]
         sizes, found = [len(part) for part in parts], list(tensors)
         arrived = self._traffic.gathered(torch.cat(parts))
-        # The bytes of a rank begin behind those of the rank before.
         if sum(sizes) % WIDEST_BYTES:
+            # The bytes of a rank begin behind those of the rank before, where an element may not begin.
             arrived = [of_rank.clone() for of_rank in arrived]
         for each, *of_ranks in zip(order, *(of_rank.split(sizes) for of_rank in arrived), strict=True):
             like = tensors[each]
@@ -184,8 +196,6 @@ class GroupRanks(Ranks):
             tensor_id,
             Sending(gradient.grad_NK, places, arrived),
             compact=self._in_eight_bits and voting.makes_orthogonal(gradient.num_matrices),
-            # As `Voting` rounds the sum of a gradient that is made orthogonal.
-            sum_dtype=voting.dtype_of(gradient.num_matrices),
         )
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -221,13 +231,13 @@ class GroupRanks(Ranks):
     def _pieces_of(self, weights: Mapping[int, LaidOutWeight]) -> Sequence[Sequence[Piece]]:
         """Return the pieces of each owner. They are made anew only for other weights than those of the step before."""
         before, pieces = self._pieces
-        if before.keys() != weights.keys() or any(weights[each] is not before[each] for each in weights):
+        if before.keys() != weights.keys() or any(before[each]() is not weights[each] for each in weights):
             pieces = [[] for _ in range(self.count)]
             for tensor_id, weight in weights.items():
                 for of_owner, rows in zip(pieces, self.owned.get(tensor_id, ()), strict=False):
                     if rows:
                         _add_to_pieces(of_owner, tensor_id, weight.part(rows))
-            self._pieces = dict(weights), pieces
+            self._pieces = {tensor_id: weakref.ref(weight) for tensor_id, weight in weights.items()}, pieces
         return pieces
 
     def _go_whole(self, pieces: Sequence[Sequence[Piece]]) -> bool:

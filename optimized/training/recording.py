@@ -6,10 +6,9 @@ the bits that launching gives.
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -138,34 +137,31 @@ def side_by_side(pieces: Sequence[Callable[[], None]]) -> None:
                 piece()
 
 
-@functools.cache
-def _streams(device: int, depth: int) -> tuple[torch.cuda.Stream, ...]:
-    """Return the streams of branches of a GPU, the same in all recordings: a library keeps 32 MiB for each that multiplies.
-
-    Args:
-        device: the GPU.
-        depth:  the forks within which they branch off. Their own branches have other streams.
-    """
-    return tuple(torch.cuda.Stream(device) for _ in range(BRANCHES))
-
-
-_depth = 0
-"""The forks that are open. A process records in one thread at a time."""
+_branches: dict[torch.cuda.Stream, list[torch.cuda.Stream]] = {}
+"""The streams that branch off each stream, the same in all recordings. A library keeps 32 MiB for each in which it multiplies."""
 
 
 @contextmanager
 def _forked(count: int) -> Iterator[Sequence[torch.cuda.Stream]]:
     """Branch the CUDA graph that is being recorded for the block; yield the streams of its branches."""
-    global _depth
     stem = torch.cuda.current_stream()
-    branches = _streams(stem.device_index, _depth)[:count]
+    known = _branches.setdefault(stem, [])
+    known += [torch.cuda.Stream(stem.device_index) for _ in range(count - len(known))]
+    branches = known[:count]
     for branch in branches:
         branch.wait_stream(stem)
-    _depth += 1
     try:
         yield branches
-    finally:
-        _depth -= 1
+    except BaseException:
+        # A recording that ends with an open branch raises an error of its own, which would hide this one.
+        with suppress(RuntimeError):
+            _join(stem, branches)
+        raise
+    _join(stem, branches)
+
+
+def _join(stem: torch.cuda.Stream, branches: Sequence[torch.cuda.Stream]) -> None:
+    """End branches of a CUDA graph in the stream that they branched off."""
     for branch in branches:
         stem.wait_stream(branch)
 

@@ -5,7 +5,7 @@ The rank of this file trains alone. Each method says what holds for any number o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -58,9 +58,12 @@ class Ranks:
         """Return the sum over ranks, added in the order of their numbers. Each rank has the same bits."""
         return values
 
-    def everyone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return, for each of some tensors, those of all ranks: one after the other along the first dimension, by their numbers."""
-        return list(tensors)
+    def everyone(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield, for each of some tensors, those of all ranks: one after the other along the first dimension, by their numbers.
+
+        Ranks may exchange as the caller asks for more, so the caller takes all of them.
+        """
+        yield from tensors
 
     def dealt(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Give a tensor to each rank, and return what each rank gave to this one, in the order of their numbers.

@@ -76,7 +76,10 @@ class TableModule(ArbModule):
 
 
 def count_recorded(modules: Sequence[TableModule]) -> None:
-    """Do as `step_tables` with several modules of one model. What the passes of all ranks saw is exchanged once for all modules."""
+    """Count what passes recorded for modules of a model since the last step, in place, and forget it. A frozen module only forgets.
+
+    What the passes of all ranks saw is counted, in the order of the ranks' numbers.
+    """
     if not modules:
         return
     voting = modules[0].voting
@@ -84,8 +87,8 @@ def count_recorded(modules: Sequence[TableModule]) -> None:
     recorded = {module: module.recorded for module in modules if module.recorded and not module.frozen}
     for module in modules:
         module.recorded = []
-    everyone = iter(
-        voting.ranks.everyone([seen for passes in recorded.values() for each in passes for seen in each])
+    everyone = voting.ranks.everyone(
+        [seen for passes in recorded.values() for each in passes for seen in each]
     )
     for module, passes in recorded.items():
         module.count_passes([tuple(next(everyone) for _ in each) for each in passes])
