@@ -20,6 +20,9 @@ DEFAULT_GROUP_SIZE = 12
 EXPONENT_MIN, EXPONENT_MAX = -32, 15
 """Range of the exponent E, in powers of two. Updates saturate at the bounds of `level_range`, which for b = 0 are these two."""
 
+NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
+"""Exponents that a group can have."""
+
 MANTISSA_BITS = (0, 1, 2)
 """Allowed mantissa bits b of a scale. With more than two, 2**b * EXPONENT_MIN would not fit an int8."""
 

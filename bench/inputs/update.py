@@ -36,4 +36,5 @@ INPUTS: Mapping[str, Inputs] = {
     "apply_steps": several,
     "count_nonfinite_rows": lambda make, s: ((gradient(make, s),), {}),
     "count_changed_trits": lambda make, s: ((weight(make, s), weight(make, s)), {}),
+    "count_state": lambda make, s: ((weight(make, s),), {}),
 }

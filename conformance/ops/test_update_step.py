@@ -30,6 +30,8 @@ from .test_votes import ASCENT
 
 mutant = mutants_of("update")
 
+THETAS = st.one_of(st.sampled_from((1, 2, 16, 127)), st.integers(1, 127))
+
 
 # --- how calls are drawn ---------------------------------------------------------------------------------------------
 
@@ -52,11 +54,16 @@ def count_changed_trits_calls(draw: st.DrawFn) -> Case:
     return Case((draw(ss.weights(shape)), draw(ss.weights(shape))))
 
 
+@calls("count_state")
+def count_state_calls(draw: st.DrawFn) -> Case:
+    theta = draw(THETAS, label="theta")
+    return Case((draw(ss.weights(theta=theta)),), {"theta": theta})
+
+
 # --- laws, and the mutants that they reject --------------------------------------------------------------------------
 
 
 ON_FLIP = st.sampled_from(("reset", "carry"))
-THETAS = st.one_of(st.sampled_from((1, 2, 16, 127)), st.integers(1, 127))
 
 
 EXPONENTS_ASCEND = mutant(
@@ -316,6 +323,41 @@ def test_count_changed_trits_by_trit(ops: Subject, weight: TernaryWeight, data: 
     )
 
 
+@law(
+    weight=SMALL,
+    theta=THETAS,
+    rejects=[
+        mutant("rail_beyond", "<= -theta).sum()", "< -theta).sum()", compared="count_state"),
+        mutant("rail_of_the_other_side", "2 * trits * count", "-2 * trits * count", compared="count_state"),
+        mutant("full_below", "count.abs() == ACCUM_MAX", "count == ACCUM_MAX", compared="count_state"),
+        mutant(
+            "exponents_of_the_next",
+            "exponents - EXPONENT_MIN,",
+            "(exponents - EXPONENT_MIN - 1).clamp(min=0),",
+            compared="count_state",
+        ),
+    ],
+)
+def test_count_state_by_trit(ops: Subject, weight: TernaryWeight, theta: int) -> None:
+    """Trit by trit and group by group. Counts of exponents have no part in it."""
+    pairs = [
+        (trit, count)
+        for trits, counts in zip(trit_rows(weight), weight.trit_accum.tolist(), strict=True)
+        for trit, count in zip(trits, counts, strict=True)
+    ]
+    exponents = [level // 2**weight.mantissa_bits for level in weight.exponents.flatten().tolist()]
+    want = [
+        sum(trit == 0 for trit, _ in pairs),
+        sum(
+            (trit == 1 and 2 * count <= -theta) or (trit == -1 and 2 * count >= theta)
+            for trit, count in pairs
+        ),
+        sum(count in (-127, 127) for _, count in pairs),
+        *(exponents.count(exponent) for exponent in range(-32, 16)),
+    ]
+    exact(ops.count_state(weight, theta=theta), torch.tensor(want))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -334,8 +376,11 @@ test_refusals_of_update_step = refusals(
     refused("apply_step", "an out elsewhere", ValueError, "out", weight, out=lambda: weight().to("meta")),
     refused("apply_step", "another out", ValueError, "out", weight, out=lambda: weight(4)),
     refused("count_changed_trits", "another shape", ValueError, "after", weight, lambda: weight(3, 13)),
+    refused("count_state", "theta 0", ValueError, "theta", weight, theta=0),
+    refused("count_state", "theta 128", ValueError, "theta", weight, theta=128),
+    refused("count_state", "theta 1.0", TypeError, "theta", weight, theta=1.0),
     rejects=[
-        mutant("theta_unchecked", 'checks.threshold("theta", theta)', "pass", times=2),
+        mutant("theta_unchecked", 'checks.threshold("theta", theta)', "pass", times=3),
     ],
 )
 # fmt: on

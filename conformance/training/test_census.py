@@ -158,7 +158,7 @@ def test_counts_do_not_depend_on_the_parts(monkeypatch: pytest.MonkeyPatch) -> N
         return [tensor.flatten().tolist() for tensor in found.values()]
 
     whole = counts()
-    monkeypatch.setattr(census_of, "row_parts", lambda weight: row_parts(weight, 35))
+    monkeypatch.setattr(census_of, "looked_at", lambda weight: row_parts(weight, 35))
     assert counts() == whole
 
 
@@ -242,7 +242,7 @@ def test_a_report_is_what_the_weights_say() -> None:
 
 def test_a_report_does_not_depend_on_the_layout(subject: Subject) -> None:
     """The same state, votes under way, then another one in its place: counted in the layout of each op set."""
-    layout = ("from_spec", "to_spec", "unpack_trits", "count_changed_trits")
+    layout = ("from_spec", "to_spec", "count_state", "count_changed_trits")
     first, second = (ArbModel(NANO, seed=seed) for seed in (3, 9))
     vote(first, 0)
     reports = []

@@ -36,10 +36,17 @@ from arbitor.optimized.kernels.votes import (
     tile_of,
 )
 from arbitor.optimized.layouts import DeviceWeight
-from arbitor.reference.constants import SCORE_SHIFT, level_range
+from arbitor.reference.constants import ACCUM_MAX, EXPONENT_MIN, NUM_EXPONENTS, SCORE_SHIFT, level_range
+from arbitor.reference.types import has_memory
 
 BLOCK_WORDS = 64
 BLOCK_GROUPS = 1024
+
+COUNTED_ROWS = 16
+"""Rows of which a program counts what they hold, in turn."""
+
+COUNTED_LEVELS, COUNTED_BLOCKS = 128, 32
+"""Groups whose exponents a program counts at a time, and how many times it does."""
 
 
 @triton.jit
@@ -183,6 +190,53 @@ def _count_changed_kernel(before_ptr, after_ptr, counts_ptr, num_words, BLOCK: t
     tl.store(counts_ptr + tl.program_id(0), tl.sum(tl.sum(tl.where(changed != 0, 1, 0), axis=1), axis=0))
 
 
+@triton.jit(do_not_specialize=["num_rows", "theta", "row_words", "row_blocks"])
+def _count_trits_kernel(
+    words_ptr, trit_accum_ptr, counts_ptr, num_rows, num_columns, row_words, row_blocks, theta, FULL: tl.constexpr,
+    HAS_ACCUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
+):  # fmt: skip
+    num_columns = known_columns(num_columns, COLUMN_STEP)
+    first = (tl.program_id(0) // row_blocks).to(tl.int64) * ROWS
+    word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    lanes = tl.arange(0, 16)[None, :]
+    columns = word_ids[:, None] * 16 + lanes
+    zeros = tl.zeros([BLOCK], dtype=tl.int32)
+    rail, full = zeros, zeros
+    for place in range(ROWS):
+        row = first + place
+        # Triton's interpreter takes no mask that a scalar has a part in.
+        is_row = row + tl.zeros([BLOCK], dtype=tl.int64) < num_rows
+        mask = is_row[:, None] & (columns < num_columns)
+        words = tl.load(words_ptr + row * row_words + word_ids, mask=is_row & (word_ids < row_words), other=0)
+        trits = lane_trits(words[:, None], lanes)
+        zeros += tl.sum((mask & (trits == 0)).to(tl.int32), axis=1)
+        # Counts that another rank keeps read as 0.
+        if HAS_ACCUM:
+            count = tl.load(trit_accum_ptr + row * num_columns + columns, mask=mask, other=0).to(tl.int32)
+            rail += tl.sum((2 * trits * count <= -theta).to(tl.int32), axis=1)
+            full += tl.sum((tl.abs(count) == FULL).to(tl.int32), axis=1)
+    counts_ptr += tl.program_id(0).to(tl.int64) * 3
+    tl.store(counts_ptr, tl.sum(zeros, axis=0))
+    tl.store(counts_ptr + 1, tl.sum(rail, axis=0))
+    tl.store(counts_ptr + 2, tl.sum(full, axis=0))
+
+
+@triton.jit(do_not_specialize=["num_levels"])
+def _count_levels_kernel(
+    levels_ptr, counts_ptr, num_levels, LOWEST: tl.constexpr, MANTISSA_BITS: tl.constexpr, NUM: tl.constexpr,
+    NUM_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    bins = tl.arange(0, NUM_BLOCK)
+    counts = tl.zeros([NUM_BLOCK], dtype=tl.int32)
+    first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK)
+    for block in range(BLOCKS):
+        places = first + block * BLOCK + tl.arange(0, BLOCK)
+        levels = tl.load(levels_ptr + places, mask=places < num_levels, other=0).to(tl.int32)
+        exponents = tl.where(places < num_levels, (levels >> MANTISSA_BITS) - LOWEST, NUM_BLOCK)
+        counts += tl.sum((exponents[:, None] == bins[None, :]).to(tl.int32), axis=0)
+    tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * NUM + bins, counts, mask=bins < NUM)
+
+
 def count_votes_(
     weight: DeviceWeight,
     source: Tensor,
@@ -255,3 +309,25 @@ def changed_trits(before: Tensor, after: Tensor) -> Tensor:
     counts = torch.empty(blocks, dtype=torch.int32, device=before.device)
     _count_changed_kernel[(blocks,)](before, after, counts, before.numel(), BLOCK=BLOCK_WORDS)
     return counts.sum()
+
+
+def state_counts(weight: DeviceWeight, theta: int) -> Tensor:
+    """Launch `count_state`; returns int64 [3 + 48]. Accumulators that take no memory read as 0."""
+    runs_here(weight.words)
+    (num_rows, num_columns), words = weight.shape, weight.words.shape[1]
+    block, row_blocks = row_tile(words, BLOCK_WORDS)
+    programs = triton.cdiv(num_rows, COUNTED_ROWS) * row_blocks
+    trits = torch.empty(programs, 3, dtype=torch.int32, device=weight.words.device)
+    level_programs = triton.cdiv(weight.exponents.numel(), COUNTED_BLOCKS * COUNTED_LEVELS)
+    levels = torch.empty(level_programs, NUM_EXPONENTS, dtype=torch.int32, device=weight.words.device)
+    if programs:
+        _count_trits_kernel[row_grid(programs, 1)](
+            weight.words, weight.trit_accum, trits, num_rows, num_columns, words, row_blocks, theta, FULL=ACCUM_MAX,
+            HAS_ACCUM=has_memory(weight.trit_accum), ROWS=COUNTED_ROWS, BLOCK=block, COLUMN_STEP=column_step(num_columns),
+            num_warps=warps_of(16 * block),
+        )  # fmt: skip
+        _count_levels_kernel[row_grid(level_programs, 1)](
+            weight.exponents, levels, weight.exponents.numel(), LOWEST=EXPONENT_MIN, MANTISSA_BITS=weight.mantissa_bits,
+            NUM=NUM_EXPONENTS, NUM_BLOCK=triton.next_power_of_2(NUM_EXPONENTS), BLOCKS=COUNTED_BLOCKS, BLOCK=COUNTED_LEVELS,
+        )  # fmt: skip
+    return torch.cat([trits.sum(dim=0), levels.sum(dim=0)])

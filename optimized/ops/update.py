@@ -24,6 +24,7 @@ __all__ = [
     "apply_steps",
     "count_changed_trits",
     "count_nonfinite_rows",
+    "count_state",
 ]
 
 
@@ -224,3 +225,10 @@ def count_changed_trits(before: AnyWeight, after: AnyWeight) -> Tensor:
     checks.same_shape("after", after, "before", before)
     checks.same_device(before=before.exponents, after=after.exponents)
     return update.changed_trits(on_device(before).words, on_device(after).words)
+
+
+@op()
+def count_state(weight: AnyWeight, *, theta: int = DEFAULT_THETA) -> Tensor:
+    """See reference. Two launches count, and nothing of the weight is decoded to memory."""
+    checks.threshold("theta", theta)
+    return update.state_counts(on_device(weight), theta)

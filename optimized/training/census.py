@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from arbitor.reference.audit import AREA_OF, area_of
-from arbitor.reference.constants import ACCUM_MAX, EXPONENT_MAX, EXPONENT_MIN
+from arbitor.reference.constants import EXPONENT_MIN
 from arbitor.reference.graph.codebook import TernaryVQCodebook
 from arbitor.reference.graph.model import ArbModel
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.moe import SharedProjectionMoE
-from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.graph.parts import looked_at
 from arbitor.reference.types import LaidOutWeight
-
-NUM_EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
-"""Exponents that a group can have."""
 
 KIND_OF_AREA = {
     AREA_OF["embedding"]: "embedding",
@@ -75,7 +72,7 @@ class Census:
     """Looks at a model twice in a step that is to be reported: before the step rule and after it.
 
     Memory: one copy of the trits as the op set keeps them (1/4 byte a weight on a device, 1/5 in canonical form), from the first
-    reported step on; and, while it looks, what `row_parts` says of one part of a weight. No weight is decoded whole.
+    reported step on; and, while it looks at a canonical weight, what `row_parts` says of one part. No weight is decoded whole.
     """
 
     def __init__(self, model: ArbModel) -> None:
@@ -231,13 +228,11 @@ def count_accumulators(module: TernaryModule, ops: Any, *, counts: bool = True) 
     An accumulator is at the rail where 2 T T_accum <= -theta: it has half of what would move the trit, in the direction in which
     the trit can't go. A rank counts those that it keeps. Without `counts` another rank counts them, and both numbers are 0.
     """
-    limit = -(-module.config.theta // 2)
-    rail = saturated = torch.zeros((), dtype=torch.int64, device=module.device)
-    for part in row_parts(module.own_rows()) if counts else ():
-        accum_NK = part.tensors()["trit_accum"]
-        # The product fits int8, since |T| <= 1.
-        rail = rail + torch.count_nonzero(trits_of(part, ops) * accum_NK <= -limit)
-        saturated = saturated + torch.count_nonzero(accum_NK.abs() == ACCUM_MAX)
+    if not counts:
+        return {
+            name: torch.zeros((), dtype=torch.int64, device=module.device) for name in ("rail", "saturated")
+        }
+    _, rail, saturated, *_ = counted(module.own_rows(), ops, theta=module.config.theta)
     return {"rail": rail, "saturated": saturated}
 
 
@@ -248,22 +243,14 @@ def count_state(weight: LaidOutWeight, ops: Any) -> dict[str, Tensor]:
         ``zeros``, int64 []: trits that are 0. ``exponents``, int64 [48]: groups of each exponent, -32 first.
         ``with_mantissa``, float64 []: the sum of E + m / 2**b over all groups, which moves as scales do.
     """
-    exponents = weight.tensors()["exponents"]
-    zeros = torch.zeros((), dtype=torch.int64, device=exponents.device)
-    counts = torch.zeros(NUM_EXPONENTS, dtype=torch.int64, device=exponents.device)
-    for part in row_parts(weight):
-        trits_NK = trits_of(part, ops)
-        zeros = zeros + trits_NK.numel() - torch.count_nonzero(trits_NK)
-        levels = part.tensors()["exponents"] >> weight.mantissa_bits
-        counts = counts + torch.bincount((levels - EXPONENT_MIN).flatten(), minlength=NUM_EXPONENTS)
-    with_mantissa = exponents.sum(dtype=torch.float64) / 2**weight.mantissa_bits
-    return {"zeros": zeros, "exponents": counts, "with_mantissa": with_mantissa}
+    found = counted(weight, ops)
+    with_mantissa = weight.tensors()["exponents"].sum(dtype=torch.float64) / 2**weight.mantissa_bits
+    return {"zeros": found[0], "exponents": found[3:], "with_mantissa": with_mantissa}
 
 
-def trits_of(part: LaidOutWeight, ops: Any) -> Tensor:
-    """Return the trits of a part of a weight, int8 [N, K], whatever its layout."""
-    canonical = ops.to_spec(part)
-    return ops.unpack_trits(canonical.packed, canonical.shape)
+def counted(weight: LaidOutWeight, ops: Any, **theta: int) -> Tensor:
+    """Return what the op `count_state` returns of a whole weight."""
+    return torch.stack([ops.count_state(part, **theta) for part in looked_at(weight)]).sum(dim=0)
 
 
 def added(counts: Iterable[Tensor]) -> int:

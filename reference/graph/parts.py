@@ -12,10 +12,22 @@ from typing import Any, cast
 from torch import Tensor
 
 from arbitor.reference.constants import TRITS_PER_BYTE, packed_bytes
-from arbitor.reference.types import LaidOutWeight
+from arbitor.reference.types import LaidOutWeight, TernaryWeight
 
 PART_TRITS = 2**23
-"""Most trits of a part. To look at a part takes the reference some 40 bytes a trit, and a device layout about 6: 320 or 50 MiB."""
+"""Most trits of a part. To look at a part takes the reference some 40 bytes a trit, 320 MiB."""
+
+
+def looked_at(weight: LaidOutWeight) -> Iterator[LaidOutWeight]:
+    """Yield a weight in the parts in which ops look at it.
+
+    Ops decode what they look at of a canonical weight, so they are given some rows at a time. Kernels look at other layouts without
+    decoding them to memory, so they are given all of a weight.
+    """
+    if isinstance(weight, TernaryWeight):
+        yield from row_parts(weight)
+    else:
+        yield weight
 
 
 def row_parts(weight: LaidOutWeight, max_trits: int = PART_TRITS) -> Iterator[LaidOutWeight]:

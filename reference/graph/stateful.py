@@ -15,7 +15,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import BESIDE_TRITS
 from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import ArbModule, TernaryModule, check_loadable
-from arbitor.reference.graph.parts import row_parts
+from arbitor.reference.graph.parts import looked_at
 from arbitor.reference.graph.tables import TableModule, count_recorded
 from arbitor.reference.graph.uncompiled import out_of_graphs
 from arbitor.reference.types import TernaryWeight, overwrite
@@ -315,7 +315,7 @@ class Stateful(ArbModule):
         modules, changed = self.ternary_modules(), {}
         for name, trits in snapshot.items():
             after = modules[name].weight
-            pairs = zip(row_parts(after.with_tensors(**trits)), row_parts(after), strict=True)
+            pairs = zip(looked_at(after.with_tensors(**trits)), looked_at(after), strict=True)
             changed[name] = torch.stack([self.ops.count_changed_trits(*pair) for pair in pairs]).sum()
         return changed
 

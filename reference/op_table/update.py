@@ -91,5 +91,10 @@ OPS = (
         bytes_min=lambda s: 2 * packed(s) + 8,
         ops_min=lambda s: 2 * elements(s),
     ),
+    OpRow(
+        "count_state", "update", EXACT, MATRIX,
+        bytes_min=lambda s: packed(s) + elements(s) + groups(s),
+        ops_min=lambda s: 5 * elements(s) + 2 * groups(s),
+    ),
 )
 # fmt: on

@@ -14,7 +14,9 @@ from arbitor.reference.constants import (
     ACCUM_MAX,
     DEFAULT_THETA,
     DEFAULT_THETA_E,
+    EXPONENT_MIN,
     EXPONENT_RULES,
+    NUM_EXPONENTS,
     ON_FLIP,
     SCORE_SHIFT,
     level_range,
@@ -33,6 +35,7 @@ __all__ = [
     "apply_steps",
     "count_changed_trits",
     "count_nonfinite_rows",
+    "count_state",
 ]
 
 
@@ -309,6 +312,26 @@ def count_changed_trits(before: TernaryWeight, after: TernaryWeight) -> Tensor:
     checks.same_shape("after", after, "before", before)
     checks.same_device(before=before.packed, after=after.packed)
     return (unpack_trits(before.packed, before.shape) != unpack_trits(after.packed, after.shape)).sum()
+
+
+@op
+def count_state(weight: TernaryWeight, *, theta: int = DEFAULT_THETA) -> Tensor:
+    """Return what a weight holds, in counts, int64 [3 + 48].
+
+    Math:    trits that are 0; trits at the rail, 2 T T_accum <= -theta; full counts, |T_accum| = 127;
+             then groups of each exponent E, -32 first. With b mantissa bits E is the level >> b
+    Range:   theta in 1 .. 127
+    Raises:  TypeError or ValueError for a theta that is not allowed
+    Laws:    the exponents add up to N KG
+    Source:  docs/training.md, what a line of metrics says
+    """
+    checks.threshold("theta", theta)
+    trits, count = unpack_trits(weight.packed, weight.shape), weight.trit_accum.to(torch.int16)
+    zeros, full = (trits == 0).sum(), (count.abs() == ACCUM_MAX).sum()
+    rail = (2 * trits * count <= -theta).sum()
+    exponents = (weight.exponents >> weight.mantissa_bits).to(torch.int64).flatten()
+    groups = torch.bincount(exponents - EXPONENT_MIN, minlength=NUM_EXPONENTS)
+    return torch.cat([torch.stack([zeros, rail, full]), groups])
 
 
 def _saturate(count: Tensor) -> Tensor:
