@@ -391,7 +391,7 @@ def test_under_autocast_the_model_keeps_its_dtype_and_says_so_once() -> None:
             logits = model(IDS)
             tokens = model.talker_head.token_logits(torch.ones(1, 2, model.config.width))
     assert [str(warning.message) for warning in said] == [
-        "torch.autocast is on, but the model computes in its own dtype, torch.float32: for another one, call "
+        "torch.autocast is on, but ternary layers compute as if it were off: for another dtype, call "
         ".to(torch.bfloat16) of the model"
     ]
     exact(logits.detach(), model(IDS).detach())

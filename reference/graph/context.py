@@ -104,15 +104,15 @@ class GraphContext:
         return change(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
 
     def own_dtype(self) -> AbstractContextManager[object]:
-        """Return a context in which torch.autocast is off. If it was on, one warning says that the model keeps its dtype."""
+        """Return a context in which torch.autocast is off. If it was on, one warning says so."""
         kind = self.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return nullcontext()
         if not self._warned_of_autocast:
             self._warned_of_autocast = True
             warnings.warn(
-                f"torch.autocast is on, but the model computes in its own dtype, {self.dtype}: "
-                "for another one, call .to(torch.bfloat16) of the model",
+                "torch.autocast is on, but ternary layers compute as if it were off: for another dtype, "
+                "call .to(torch.bfloat16) of the model",
                 stacklevel=4,
             )
         return torch.autocast(kind, enabled=False)
