@@ -25,6 +25,9 @@ H200 = Gpu(capability=(9, 0), multiprocessors=132, shared_bytes=227 * 1024)
 EMPTY = (torch.empty, torch.empty_like, Tensor.new_empty)
 """Functions that make tensors of whatever memory held before."""
 
+PRODUCTS = (torch.mm, torch.bmm)
+"""Products of the library that kernels of ours stand beside. Those of a preset's sizes take a host minutes, and mean nothing."""
+
 
 class TensorsSayCuda(TorchFunctionMode):
     """Tensors say that they are on the GPU, and what is made there is made on the host."""
@@ -45,7 +48,11 @@ class TensorsSayCuda(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         # A product on the host has no `out_dtype`.
         wanted = kwargs.pop("out_dtype", None)
-        result = func(*(placed(value, HOST) for value in args), **kwargs)
+        if func in PRODUCTS and "out" not in kwargs and not any(each.requires_grad for each in args):
+            like = func(*(each.to("meta") for each in args))
+            result = torch.zeros(like.shape, dtype=like.dtype, device=HOST)
+        else:
+            result = func(*(placed(value, HOST) for value in args), **kwargs)
         # What a kernel would write is not written, and no walk may follow from what memory held before.
         if func in EMPTY:
             result.detach().zero_()
