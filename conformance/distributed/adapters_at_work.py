@@ -221,7 +221,8 @@ def finetune_options(folder: Path) -> TrainOptions:
     """Return a short run of adapters over the model that one process trained."""
     return TrainOptions(
         finetune=True, init_from=str(folder / "base"), data=str(folder / "other.txt"), device=Place.device, steps=6, batch=BATCH,
-        context=16, accum=2, lora_rank=3, learning_rate=0.02, log_interval=2, eval_interval=3, save_interval=3,
+        context=16, accum=2, lora_rank=3, learning_rate=0.02, log_interval=2, eval_interval=3, eval_windows=8,
+        save_interval=3,
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ from conformance.training import nano
 TERMS = (1.0, 2.0**30, -(2.0**30))
 """Terms of the ranks, in float32. From the first on the sum of three is 0, from the last on it is 1."""
 
-PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=61)
+PLAIN = replace(nano.WHOLE, composite_codes=0, composite_inner=1280, num_experts=31)
 """Every module but composites, whose losses are means over chosen positions. There are more experts than slots of a rank."""
 
 SHORT = (PLAIN.num_experts - 1) // (BATCH // 2 * PLAIN.top_k)

@@ -77,7 +77,7 @@ def goes_on(world: World, folder: Path) -> Any:
     if not survivor.exists():
         return None
     settings = json.loads((survivor / "config.json").read_text())["run"]
-    asked = {name: settings[name] for name in ("preset", "data", "device", "steps", "batch", "log_interval")}
+    asked = {name: settings[name] for name in ("preset", "data", "device", "steps", "batch")}
     whole = train(TrainOptions(save=False, **asked)).summary
     resumed = train(TrainOptions(run=survivor, resume=True)).summary
     return [whole["state_sha256"], resumed["state_sha256"]]
