@@ -1,6 +1,6 @@
 """Results as tables; and the generated pages and pictures of docs/, and a table beside the results of each device.
 
-python -m bench.report            write the pages
+python -m bench.report            write the pages, and what functions make for other pages (bench/filled.py)
 python -m bench.report --check    fail if they are not what the op table and the stored results give
 """
 
@@ -20,7 +20,7 @@ import arbitor.nn
 from arbitor.reference import ops as reference_ops
 from arbitor.reference.graph.stateful import Stateful
 from arbitor.reference.op_table import FAMILIES, OP_TABLE
-from bench import goals, one_row, one_vote
+from bench import filled, goals, one_row, one_vote
 from bench.cases import OURS, REFERENCE, rows
 from bench.machine import RESULTS, ROOT
 from bench.regression import Baseline
@@ -230,7 +230,7 @@ def case_id(test: str) -> str:
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
-    """Return every generated page: its text by its path."""
+    """Return every page that is generated, or holds what is: its text by its path."""
     current = {
         folder.name: current_results([{**json.loads(path.read_text()), "file": path.name} for path in paths])
         for folder in sorted(results.glob("*"))
@@ -259,7 +259,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     }
     for folder, files in current.items():
         found[results / folder / "README.md"] = results_page(files)
-    return found
+    return found | filled.pages()
 
 
 def current_results(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -483,12 +483,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a page is stale")
     checks = parser.parse_args(arguments).check
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    try:
+        made = pages()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if checks:
             print(f"{path.relative_to(ROOT)} is stale: run python -m bench.report", file=sys.stderr)
         else:
-            path.write_text(pages()[path])
+            path.write_text(made[path])
             print(f"wrote {path.relative_to(ROOT)}")
     return 1 if checks and stale else 0
 

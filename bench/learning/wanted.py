@@ -173,13 +173,20 @@ def lines(folder: Path) -> Iterator[str]:
             yield f"{shlex.join(words)}  # {wanted.calls} x {wanted.seconds} s"
 
 
-def table() -> Iterator[str]:
-    """Yield what is asked, and how many seconds of an H200 the answer takes, as Markdown."""
-    yield "| asked | commands | calls of each | seconds in all |"
-    yield "|---|---:|---:|---:|"
+def table() -> str:
+    """Return what is asked, and how many seconds of an H200 the answer takes, as Markdown."""
+    found = ["| asked | commands | calls of each | seconds in all |", "|---|---:|---:|---:|"]
     for wanted in WANTED:
         number = len(wanted.commands)
-        yield f"| {wanted.asked} | {number} | {wanted.calls} | {number * wanted.calls * wanted.seconds:,} |"
+        found.append(
+            f"| {wanted.asked} | {number} | {wanted.calls} | {number * wanted.calls * wanted.seconds:,} |"
+        )
+    return "\n".join(found)
+
+
+def commands() -> str:
+    """Return the commands as the page has them, as Markdown."""
+    return "\n".join(["```", *lines(Path("wanted")), "```"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,9 +1,7 @@
 """What a step costs on machines that nobody here has, from measured rates of one GPU and data sheets of links.
 
-    python -m bench.scaling.plan
-
-prints the tables of docs/scaling.md. Bytes follow from the rule (`arbitor.optimized.distributed.sizes`). Times are sums of parts.
-None of them was measured on more than one GPU.
+`python -m bench.report` puts its tables into docs/scaling.md. Bytes follow from the rule
+(`arbitor.optimized.distributed.sizes`). Times are sums of parts. None of them was measured on more than one GPU.
 """
 
 from __future__ import annotations
@@ -287,14 +285,3 @@ def table_of_experts() -> str:
             f"| {saved / 1e6:,.0f} |"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(
-        table_of_bytes(),
-        table_of_memory(),
-        table_of_experts(),
-        table_of_codes(),
-        table_of_steps(),
-        sep="\n\n",
-    )
