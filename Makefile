@@ -46,7 +46,7 @@ help: ## this list
 install: $(VENV)/.installed-arb ## the command arb and the package, in .venv (source .venv/bin/activate finds it)
 	@echo "The command arb is in $(BIN). Let this shell find it: source $(BIN)/activate"
 
-demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 10 minutes)
+demo: $(VENV)/.installed-arb ## train the tiny preset on Python's own sources, show the result (6 to 20 minutes)
 	rm -rf $(DEMO_RUN)
 	$(BIN)/arb train --run $(DEMO_RUN) $(DEMO)
 
