@@ -17,16 +17,21 @@ from pathlib import Path
 from bench.machine import ROOT
 
 BEGINS, ENDS = "<!-- made by ", "<!-- until here -->"
-"""What stands around what a function has made."""
+"""What stands around what a function has made, each in a line of its own."""
 
-MADE = re.compile(rf"{BEGINS}(bench\.[\w.]+)\.(\w+) -->\n\n(?:(?!<!--).)*?\n\n{ENDS}", re.DOTALL)
+BEGUN = re.compile(rf"^{BEGINS}", re.MULTILINE)
+"""Where something begins. A page that tells of the comments has them within a line."""
+
+MADE = re.compile(
+    rf"{BEGUN.pattern}(bench\.[\w.]+)\.(\w+) -->\n\n(?:(?!<!--).)*?\n\n{ENDS}$", re.DOTALL | re.MULTILINE
+)
 """What a function has made, and the comments around it. The first names the module and the function, which takes no argument."""
 
 
-def pages(docs: Path = ROOT / "docs") -> dict[Path, str]:
-    """Return the text of every page that has something made in it, by its path."""
-    texts = {path: path.read_text() for path in sorted(docs.rglob("*.md"))}
-    return {path: filled(path, text) for path, text in texts.items() if BEGINS in text}
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """Return the text of every page that has something made in it, by its path: of `docs`, and of those beside it."""
+    texts = {path: path.read_text() for path in [*root.glob("*.md"), *sorted((root / "docs").rglob("*.md"))]}
+    return {path: filled(path, text) for path, text in texts.items() if BEGUN.search(text)}
 
 
 def filled(path: Path, text: str) -> str:
@@ -45,9 +50,9 @@ def filled(path: Path, text: str) -> str:
         return f"{BEGINS}{module}.{function} -->\n\n{content}\n\n{ENDS}"
 
     text, number = MADE.subn(made, text)
-    if number != text.count(BEGINS):
+    if number != (begun := len(BEGUN.findall(text))):
         raise ValueError(
-            f"{path.name} has {text.count(BEGINS)} times '{BEGINS}', but only {number} of them name a function below bench, and "
+            f"{path.name} has {begun} times '{BEGINS}', but only {number} of them name a function below bench, and "
             f"have an empty line, what it has made, an empty line and '{ENDS}' behind them"
         )
     return text

@@ -23,11 +23,14 @@ The end.
 
 
 def test_a_table_is_made_anew_and_the_rest_stays(tmp_path: Path) -> None:
-    (tmp_path / "spec").mkdir()
-    (tmp_path / "spec" / "page.md").write_text(PAGE)
-    (tmp_path / "other.md").write_text("# Nothing is made here\n")
-    [(path, text)] = filled.pages(tmp_path).items()
-    assert path.name == "page.md" and text == PAGE.replace("| an older | table |", wanted.table())
+    (tmp_path / "docs" / "spec").mkdir(parents=True)
+    (tmp_path / "docs" / "spec" / "page.md").write_text(PAGE)
+    (tmp_path / "docs" / "other.md").write_text("# Nothing is made here\n")
+    (tmp_path / "README.md").write_text(PAGE)
+    made = filled.pages(tmp_path)
+    assert [path.name for path in made] == ["README.md", "page.md"] and len(set(made.values())) == 1
+    path, text = made.popitem()
+    assert text == PAGE.replace("| an older | table |", wanted.table())
     assert filled.filled(path, text) == text
 
 

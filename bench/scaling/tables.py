@@ -30,6 +30,11 @@ def stored_steps() -> str:
     return steps_table(_stored())
 
 
+def stored_gains() -> str:
+    """Return how much faster two ranks of the stored report are than one, in a sentence."""
+    return gains(_stored())
+
+
 def _stored() -> Any:
     return loads((RESULTS / "nvidia-h200" / "scaling.json").read_text())
 
@@ -85,6 +90,26 @@ def steps_table(report: Mapping[str, Any]) -> str:
             f"| {row['received']:.3f} | {waiting} | {peak} |"
         )
     return "\n".join(lines)
+
+
+def gains(report: Mapping[str, Any]) -> str:
+    """Return how many times the bytes a second of one process two ranks read, with as many windows each, in a sentence."""
+    rows = [row for each in report["parts"] if each["part"] == "ours" for row in rows_of(each)]
+    speed = {
+        (row["model"], row["ranks"], row["windows"]): row["bytes_per_second"]
+        for row in rows
+        if row["scaling"] == WEAK and "seconds" in row
+    }
+    found = [
+        f"{speed[model, 2, windows] / speed[model, 1, windows]:.2f} for `{model}`"
+        for model in MODELS
+        for windows in sorted(windows for name, ranks, windows in speed if (name, ranks) == (model, 2))
+        if (model, 1, windows) in speed
+    ]
+    base = (
+        f"Bytes a second on two {report['device']}, as a multiple of those on one with as many windows a GPU"
+    )
+    return f"{base}: {', '.join(found)}."
 
 
 def share_of_linear(row: Mapping[str, Any], alone: float | None) -> str:
