@@ -192,6 +192,9 @@ def test_ranks_are_compared_with_a_process_alone_that_reads_as_much() -> None:
     lines = tables.tables(report).splitlines()
     assert "| tiny | weak | 2 | ours | 4 | 0.5000 | 100 | 1.250 | 0.625 | 0.000 |  |  |" in lines
     assert "| tiny | weak | 1 | ours | 8 | 0.5000 | 80 | 1.000 | 1.000 | 0.000 |  |  |" in lines
+    assert tables.gains({**report, "device": "GPU"}).endswith(
+        " on one with as many windows a GPU: 2.50 for `tiny`."
+    )
 
 
 def test_ranks_step_a_model_together_and_keep_less_each(tmp_path: Path) -> None:
