@@ -49,8 +49,7 @@ class TensorsSayCuda(TorchFunctionMode):
         # A product on the host has no `out_dtype`.
         wanted = kwargs.pop("out_dtype", None)
         if func in PRODUCTS and "out" not in kwargs and not any(each.requires_grad for each in args):
-            like = func(*(each.to("meta") for each in args))
-            result = torch.zeros(like.shape, dtype=like.dtype, device=HOST)
+            result = torch.zeros_like(func(*(each.to("meta") for each in args)), device=HOST)
         else:
             result = func(*(placed(value, HOST) for value in args), **kwargs)
         # What a kernel would write is not written, and no walk may follow from what memory held before.

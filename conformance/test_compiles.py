@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from arbitor.optimized.cuda import compiler
 from arbitor.optimized.cuda.compiler import Kernel, why_missing
 from arbitor.optimized.kernels.launch import column_step
+from conformance.compare import exact
 from conformance.compile_cuda import given_up
 from conformance.compile_kernels import repeated_operand
 from conformance.import_lint import ROOT
+from conformance.pretend_cuda import TensorsSayCuda
 from conformance.report import skip
 from conformance.subject import Subject, needs_ours
 
@@ -69,6 +72,18 @@ def test_every_kernel_compiles(subject: Subject, tmp_path: Path) -> None:
     package_of(subject)
     status, output = compiled(tmp_path)
     assert status == 0, output
+
+
+def test_a_product_on_a_pretended_gpu_is_zeros() -> None:
+    """It has the shape and the dtype that it has on a GPU. One that a gradient runs through is computed."""
+    a, b = torch.ones(2, 3, 5, dtype=torch.bfloat16), torch.ones(2, 5, 4, dtype=torch.bfloat16)
+    with TensorsSayCuda():
+        wide, stack = torch.mm(a[0], b[0], out_dtype=torch.float32), torch.bmm(a, b)
+        learns = torch.mm(a[0], b[0].clone().requires_grad_())
+    exact(wide, torch.zeros(3, 4))
+    exact(stack, torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    assert learns.requires_grad
+    exact(learns.detach(), torch.full((3, 4), 5.0, dtype=torch.bfloat16))
 
 
 def cuda_compiler() -> None:
