@@ -46,6 +46,7 @@ def test_the_page_is_told_its_tables() -> None:
         for name in vars(module)
         if name.startswith(("table_of", "stored"))
     }
+    assert " for `r12`" in tables.stored_gains(), "the stored report has no ranks of ours"
     made -= {"bench.scaling.tables.stored_gains"}
     assert len(made) == 7 and all(f"<!-- made by {name} -->" in PAGE.read_text() for name in made)
 

@@ -215,7 +215,8 @@ def test_the_runs_that_are_wanted_can_be_begun(
     assert wanted.main(["--out", "wanted"]) == 0
     printed = capsys.readouterr().out.splitlines()
     page = (machine.ROOT / "docs" / "learning.md").read_text()
-    assert "\n".join(printed) in page and wanted.table() in page
+    assert wanted.commands().splitlines() == ["```", *printed, "```"]
+    assert all(f"<!-- made by bench.learning.wanted.{name} -->" in page for name in ("table", "commands"))
     assert all(each.seconds <= wanted.CALL_SECONDS for each in wanted.WANTED)
     found = []
     for line in printed:
