@@ -127,7 +127,8 @@ class GradientSums:
         num_rows, num_columns = grad_NK.shape
         own = sending.places[0 if kind.to_all else self._number]
         row_bytes = encoded_bytes(1, num_columns) if kind.compact else num_columns * grad_NK.element_size()
-        num_steps = max(-(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1)), 1)
+        num_steps = -(-num_rows * row_bytes // max(self._traffic.most_pending // 4, 1))
+        num_steps = max(min(num_steps, num_rows), 1)
         total_NK = torch.empty((len(own), num_columns), dtype=kind.dtype, device=grad_NK.device)
 
         def begin(step: int) -> None:

@@ -42,8 +42,8 @@ from arbitor.reference.types import has_memory
 BLOCK_WORDS = 64
 BLOCK_GROUPS = 1024
 
-COUNTED_ROWS = 16
-"""Rows of which a program counts what they hold, in turn."""
+COUNTED_TILES = 16
+"""Tiles of BLOCK_WORDS words of which a program counts what they hold, in turn."""
 
 COUNTED_LEVELS, COUNTED_BLOCKS = 128, 32
 """Groups whose exponents a program counts at a time, and how many times it does."""
@@ -193,26 +193,29 @@ def _count_changed_kernel(before_ptr, after_ptr, counts_ptr, num_words, BLOCK: t
 @triton.jit(do_not_specialize=["num_rows", "theta", "row_words", "row_blocks"])
 def _count_trits_kernel(
     words_ptr, trit_accum_ptr, counts_ptr, num_rows, num_columns, row_words, row_blocks, theta, FULL: tl.constexpr,
-    HAS_ACCUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
+    HAS_ACCUM: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMN_STEP: tl.constexpr,
 ):  # fmt: skip
     num_columns = known_columns(num_columns, COLUMN_STEP)
-    first = (tl.program_id(0) // row_blocks).to(tl.int64) * ROWS
-    word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
+    # A tile has ROWS rows of BLOCK words each, one row after the other.
+    tile = tl.arange(0, ROWS * BLOCK)
+    word_ids = (tl.program_id(0) % row_blocks) * BLOCK + tile % BLOCK
     lanes = tl.arange(0, 16)[None, :]
     columns = word_ids[:, None] * 16 + lanes
-    zeros = tl.zeros([BLOCK], dtype=tl.int32)
+    first = (tl.program_id(0) // row_blocks).to(tl.int64) * (TILES * ROWS)
+    zeros = tl.zeros([ROWS * BLOCK], dtype=tl.int32)
     rail, full = zeros, zeros
-    for place in range(ROWS):
-        row = first + place
-        # Triton's interpreter takes no mask that a scalar has a part in.
-        is_row = row + tl.zeros([BLOCK], dtype=tl.int64) < num_rows
-        mask = is_row[:, None] & (columns < num_columns)
-        words = tl.load(words_ptr + row * row_words + word_ids, mask=is_row & (word_ids < row_words), other=0)
+    for number in range(TILES):
+        rows = first + number * ROWS + tile // BLOCK
+        inside = (rows < num_rows) & (word_ids < row_words)
+        mask = inside[:, None] & (columns < num_columns)
+        words = tl.load(words_ptr + rows * row_words + word_ids, mask=inside, other=0)
         trits = lane_trits(words[:, None], lanes)
         zeros += tl.sum((mask & (trits == 0)).to(tl.int32), axis=1)
         # Counts that another rank keeps read as 0.
         if HAS_ACCUM:
-            count = tl.load(trit_accum_ptr + row * num_columns + columns, mask=mask, other=0).to(tl.int32)
+            count = tl.load(trit_accum_ptr + rows[:, None] * num_columns + columns, mask=mask, other=0).to(
+                tl.int32
+            )
             rail += tl.sum((2 * trits * count <= -theta).to(tl.int32), axis=1)
             full += tl.sum((tl.abs(count) == FULL).to(tl.int32), axis=1)
     counts_ptr += tl.program_id(0).to(tl.int64) * 3
@@ -316,18 +319,27 @@ def state_counts(weight: DeviceWeight, theta: int) -> Tensor:
     runs_here(weight.words)
     (num_rows, num_columns), words = weight.shape, weight.words.shape[1]
     block, row_blocks = row_tile(words, BLOCK_WORDS)
-    programs = triton.cdiv(num_rows, COUNTED_ROWS) * row_blocks
+    # Narrow rows share a tile.
+    rows, num_levels = BLOCK_WORDS // block, weight.exponents.numel()
+    tiles = _turns(num_rows, rows, COUNTED_TILES)
+    programs = triton.cdiv(num_rows, tiles * rows) * row_blocks
     trits = torch.empty(programs, 3, dtype=torch.int32, device=weight.words.device)
-    level_programs = triton.cdiv(weight.exponents.numel(), COUNTED_BLOCKS * COUNTED_LEVELS)
+    blocks = _turns(num_levels, COUNTED_LEVELS, COUNTED_BLOCKS)
+    level_programs = triton.cdiv(num_levels, blocks * COUNTED_LEVELS)
     levels = torch.empty(level_programs, NUM_EXPONENTS, dtype=torch.int32, device=weight.words.device)
     if programs:
         _count_trits_kernel[row_grid(programs, 1)](
             weight.words, weight.trit_accum, trits, num_rows, num_columns, words, row_blocks, theta, FULL=ACCUM_MAX,
-            HAS_ACCUM=has_memory(weight.trit_accum), ROWS=COUNTED_ROWS, BLOCK=block, COLUMN_STEP=column_step(num_columns),
-            num_warps=warps_of(16 * block),
+            HAS_ACCUM=has_memory(weight.trit_accum), TILES=tiles, ROWS=rows, BLOCK=block,
+            COLUMN_STEP=column_step(num_columns), num_warps=warps_of(16 * BLOCK_WORDS),
         )  # fmt: skip
         _count_levels_kernel[row_grid(level_programs, 1)](
-            weight.exponents, levels, weight.exponents.numel(), LOWEST=EXPONENT_MIN, MANTISSA_BITS=weight.mantissa_bits,
-            NUM=NUM_EXPONENTS, NUM_BLOCK=triton.next_power_of_2(NUM_EXPONENTS), BLOCKS=COUNTED_BLOCKS, BLOCK=COUNTED_LEVELS,
+            weight.exponents, levels, num_levels, LOWEST=EXPONENT_MIN, MANTISSA_BITS=weight.mantissa_bits,
+            NUM=NUM_EXPONENTS, NUM_BLOCK=triton.next_power_of_2(NUM_EXPONENTS), BLOCKS=blocks, BLOCK=COUNTED_LEVELS,
         )  # fmt: skip
     return torch.cat([trits.sum(dim=0), levels.sum(dim=0)])
+
+
+def _turns(size: int, block: int, most: int) -> int:
+    """Return in how many turns a program counts blocks of elements: at most so many, and no more than there are."""
+    return min(triton.next_power_of_2(triton.cdiv(size, block)), most)
