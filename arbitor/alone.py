@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,18 @@ class Alone(Ranks):
 
     def part(self, loss: Tensor) -> Tensor:
         """See `Ranks`. Every pass begins with it. Raises RuntimeError in one process of several, as in a loop under torchrun."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if together and torch.distributed.get_world_size() > 1:
+        count, way_out = _processes()
+        if count > 1:
             raise RuntimeError(
-                f"this process is one of {torch.distributed.get_world_size()}, but the votes of a loop of one's own are not "
-                "exchanged between processes: train with `torchrun -m arbitor.train`, or without a process group"
+                f"this process is one of {count}, but the votes of a loop of one's own are not exchanged between processes: train "
+                f"with `torchrun -m arbitor.train`, or without {way_out}"
             )
         return super().part(loss)
+
+
+def _processes() -> tuple[int, str]:
+    """Return how many processes this one was joined or started with, and by what, in words."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), "a process group"
+    asked = os.environ.get("WORLD_SIZE", "")
+    return int(asked) if asked.isdecimal() else 1, "the variable WORLD_SIZE"

@@ -72,7 +72,12 @@ class ArbOptimizer(torch.optim.Optimizer):
             ValueError: so many passes were taken since the last step as it has micro-batches; or as `backward` of the model.
         """
         given: Any = loss
-        rate = self.param_groups[0]["lr"]
+        group = self.param_groups[0]
+        if "rate" in group:
+            raise ValueError(
+                "param_groups has 'rate', but the rate of an ArbOptimizer is its 'lr', which schedulers of torch set"
+            )
+        rate = group["lr"]
         accepted = self.model.backward(given, rate=rate, step=self.passes, accum=self.accum)
         self.passes += accepted
         return accepted

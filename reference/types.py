@@ -86,6 +86,11 @@ class StateTensors:
             f"{name} was given a {cls.__name__}, but must be given tensors: `dequantize` makes one of a weight"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what a tensor has and a weight has not, as functions of `torch.nn.init` ask for, by an AttributeError."""
+        why = ", as it is no tensor: `dequantize` makes one of a weight" if hasattr(Tensor, name) else ""
+        raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}{why}")
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state tensors by field name, in field order."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -141,6 +141,64 @@ def test_one_process_of_several_casts_no_votes_alone(make: Callable[[], Any], tw
     assert state_sha256(it.state()) == before
 
 
+@pytest.mark.parametrize("make", [model, lambda: Ternary(net())])
+def test_a_process_that_torchrun_started_with_others_casts_no_votes_alone(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has joined the processes. The variable alone tells of them."""
+    optimizer = ArbOptimizer(make(), rate=6.0)
+    before = state_sha256(optimizer.model.state())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"is one of 2, but the votes .* without the variable WORLD_SIZE$"):
+        optimizer.backward(loss_of(optimizer.model))
+    assert state_sha256(optimizer.model.state()) == before
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert optimizer.backward(loss_of(optimizer.model))
+
+
+def test_a_rate_beside_the_one_of_schedulers_is_refused() -> None:
+    optimizer = ArbOptimizer(model(), rate=6.0)
+    before = state_sha256(optimizer.model.state())
+    optimizer.param_groups[0]["rate"] = 1.0
+    with pytest.raises(
+        ValueError, match="param_groups has 'rate', but the rate of an ArbOptimizer is its 'lr'"
+    ):
+        optimizer.backward(optimizer.model.losses(IDS))
+    assert state_sha256(optimizer.model.state()) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.init.xavier_uniform_,
+        lambda weight: weight.data,
+        lambda weight: weight.copy_(torch.zeros(24, 24)),
+        lambda weight: weight.zero_(),
+    ],
+)
+def test_a_ternary_weight_is_no_tensor(change: Callable[[Any], Any]) -> None:
+    with pytest.raises(
+        AttributeError, match=r"Weight has no attribute '\w+', as it is no tensor: `dequantize`"
+    ):
+        change(Linear(24, 24).weight)
+
+
+def test_what_no_tensor_has_a_weight_is_not_told_to_become_one_for() -> None:
+    with pytest.raises(AttributeError, match=r"has no attribute 'voted'$"):
+        _ = Linear(24, 24).weight.voted
+
+
+@pytest.mark.parametrize("other", [Linear(24, 24, seed=1), nn.Linear(24, 24)])
+def test_no_two_layers_share_a_weight(other: Any) -> None:
+    layer = Linear(24, 24, seed=0)
+    before = layer.weight
+    with pytest.raises(
+        TypeError, match=r"weight is given as a \w+, but a Linear keeps .* no two layers share a weight"
+    ):
+        layer.weight = other.weight
+    assert layer.weight is before and not list(layer.parameters())
+
+
 def test_an_optimizer_is_copied_with_its_model() -> None:
     optimizer = ArbOptimizer(model(), rate=6.0)
     optimizer.backward(optimizer.model.losses(IDS))

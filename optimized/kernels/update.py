@@ -327,16 +327,15 @@ def state_counts(weight: DeviceWeight, theta: int) -> Tensor:
     blocks = _turns(num_levels, COUNTED_LEVELS, COUNTED_BLOCKS)
     level_programs = triton.cdiv(num_levels, blocks * COUNTED_LEVELS)
     levels = torch.empty(level_programs, NUM_EXPONENTS, dtype=torch.int32, device=weight.words.device)
-    if programs:
-        _count_trits_kernel[row_grid(programs, 1)](
-            weight.words, weight.trit_accum, trits, num_rows, num_columns, words, row_blocks, theta, FULL=ACCUM_MAX,
-            HAS_ACCUM=has_memory(weight.trit_accum), TILES=tiles, ROWS=rows, BLOCK=block,
-            COLUMN_STEP=column_step(num_columns), num_warps=warps_of(16 * BLOCK_WORDS),
-        )  # fmt: skip
-        _count_levels_kernel[row_grid(level_programs, 1)](
-            weight.exponents, levels, num_levels, LOWEST=EXPONENT_MIN, MANTISSA_BITS=weight.mantissa_bits,
-            NUM=NUM_EXPONENTS, NUM_BLOCK=triton.next_power_of_2(NUM_EXPONENTS), BLOCKS=blocks, BLOCK=COUNTED_LEVELS,
-        )  # fmt: skip
+    _count_trits_kernel[row_grid(programs, 1)](
+        weight.words, weight.trit_accum, trits, num_rows, num_columns, words, row_blocks, theta, FULL=ACCUM_MAX,
+        HAS_ACCUM=has_memory(weight.trit_accum), TILES=tiles, ROWS=rows, BLOCK=block,
+        COLUMN_STEP=column_step(num_columns), num_warps=warps_of(16 * BLOCK_WORDS),
+    )  # fmt: skip
+    _count_levels_kernel[row_grid(level_programs, 1)](
+        weight.exponents, levels, num_levels, LOWEST=EXPONENT_MIN, MANTISSA_BITS=weight.mantissa_bits,
+        NUM=NUM_EXPONENTS, NUM_BLOCK=triton.next_power_of_2(NUM_EXPONENTS), BLOCKS=blocks, BLOCK=COUNTED_LEVELS,
+    )  # fmt: skip
     return torch.cat([trits.sum(dim=0), levels.sum(dim=0)])
 
 

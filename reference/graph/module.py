@@ -297,6 +297,22 @@ class TernaryModule(ArbModule):
             self._weight, self._tensors = self._weight.with_tensors(**buffers), buffers
         return self._weight
 
+    @weight.setter
+    def weight(self, value: object) -> None:
+        self._refuse_weight(value)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """See `torch.nn.Module`, which calls this for each parameter that becomes an attribute. Raises TypeError for a weight."""
+        if name == "weight":
+            self._refuse_weight(param)
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self, value: object) -> None:
+        raise TypeError(
+            f"weight is given as a {type(value).__name__}, but a {type(self).__name__} keeps the weight that it was made with: "
+            "`load_state_dict` copies values, and no two layers share a weight"
+        )
+
     def extra_repr(self) -> str:
         """Return the rows and the columns of the weight, as `print` shows them."""
         num_rows, num_columns = self._shape
