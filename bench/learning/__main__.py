@@ -135,7 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
     runs: list[dict[str, Any]] = []
-    commands = [shlex.join(["python", "-m", "bench.learning", *(sys.argv[1:] if argv is None else argv)])]
+    # A place is of one machine, and a name is kept.
+    words = [
+        Path(word).name if word.startswith("/") else word for word in (sys.argv[1:] if argv is None else argv)
+    ]
+    commands = [shlex.join(["python", "-m", "bench.learning", *words])]
     if args.pieces and path is not None and path.exists():
         before = continued(parser, path)
         runs, commands = before["runs"], [*before.get("command", "").split("; "), *commands]
