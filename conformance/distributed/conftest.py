@@ -93,12 +93,18 @@ def find(count: int, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     (folder / "other.txt").write_bytes(nano.TEXT + b"!")
     with pytest.MonkeyPatch.context() as patch:
         nano.register(patch)
-        alone = {"preset": "means", "steps": 6, "batch": BATCH, "save_interval": 3}
-        train_until_killed(4, options(folder / "text.txt", folder / "alone", **alone))
-        # The run itself goes on.
-        shutil.copytree(folder / "alone", folder / "base")
-        (folder / "base-again").symlink_to("base")
-        begun = replace(adapters_at_work.finetune_options(folder), device="cpu", run=folder / "adapted-alone")  # type: ignore[type-var]
-        train_until_killed(4, begun)
+        if count == 2:
+            begin_runs_of_one(folder)
     succeeded(torchrun(count, "conformance.distributed.ranks_at_work", str(folder), device_of_ranks()))
     return str(folder), [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+def begin_runs_of_one(folder: Path) -> None:
+    """Let this process begin a run, and one of adapters over its model. Ranks go on with both."""
+    alone = {"preset": "means", "steps": 6, "batch": BATCH, "save_interval": 3}
+    train_until_killed(4, options(folder / "text.txt", folder / "alone", **alone))
+    # The run itself goes on.
+    shutil.copytree(folder / "alone", folder / "base")
+    (folder / "base-again").symlink_to("base")
+    begun = replace(adapters_at_work.finetune_options(folder), device="cpu", run=folder / "adapted-alone")  # type: ignore[type-var]
+    train_until_killed(4, begun)

@@ -64,7 +64,7 @@ def trains(world: World, folder: Path) -> Any:
 
 def goes_on_with_a_run_of_four(world: World, folder: Path) -> Any:
     """A run that four ranks began, which mapped its data."""
-    return gone_on(folder / "four") if (folder / "four").exists() else None
+    return gone_on(folder / "four")
 
 
 def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
@@ -74,8 +74,6 @@ def goes_on_with_a_run_of_one(world: World, folder: Path) -> Any:
 def goes_on(world: World, folder: Path) -> Any:
     """The run that was killed and stopped is taken to its end, beside one that nothing happened to."""
     survivor = folder / "survivor"
-    if not survivor.exists():
-        return None
     settings = json.loads((survivor / "config.json").read_text())["run"]
     asked = {name: settings[name] for name in ("preset", "data", "device", "steps", "batch")}
     whole = train(TrainOptions(save=False, **asked)).summary

@@ -7,13 +7,24 @@ from itertools import pairwise
 import pytest
 
 from conformance.distributed import micro_at_work, passes_at_work, ranks_at_work
-from conformance.distributed.started import Found, both
+from conformance.distributed.started import Found, both, device_of_ranks, two
+
+of_each_case = pytest.mark.parametrize(
+    ("found", "case"),
+    [
+        pytest.param(count, case, id=f"{case}-{name}")
+        for count, name in ((2, "two_ranks"), (3, "three_ranks"))
+        for case in ranks_at_work.cases_of(count, device_of_ranks())
+    ],
+    indirect=["found"],
+)
 
 
 @both
 def test_every_check_ran(found: Found) -> None:
     for of_rank in found[1]:
-        assert list(of_rank) == [*(check.__name__ for check in ranks_at_work.CHECKS), "leaves"], of_rank
+        asked = ranks_at_work.checks_of(len(found[1]))
+        assert list(of_rank) == [*(check.__name__ for check in asked), "leaves"], of_rank
 
 
 @both
@@ -24,8 +35,7 @@ def test_a_rank_that_is_done_leaves_no_threads_of_exchange(found: Found) -> None
         assert before and not after, after
 
 
-@both
-@pytest.mark.parametrize("case", ranks_at_work.CASES)
+@of_each_case
 def test_gradients_are_summed_in_rank_order_before_they_vote(found: Found, case: str) -> None:
     """Every bit of the state is the oracle's, after two steps, one of them of two passes."""
     of_cases = found[1][0]["sums_as_the_rule_says"]
@@ -43,8 +53,7 @@ def test_terms_are_added_from_rank_0_on(found: Found) -> None:
     assert not any(one["voted"] for one in each if not one["steps"])
 
 
-@both
-@pytest.mark.parametrize("case", ranks_at_work.CASES)
+@of_each_case
 def test_a_census_counts_over_all_ranks(found: Found, case: str) -> None:
     ours, oracles = found[1][0]["sums_as_the_rule_says"][case]["censuses"]
     assert ours == oracles
@@ -207,7 +216,7 @@ def test_sums_of_micro_batches_are_exchanged_once_a_step(found: Found, case: str
     assert len(set(digests)) == len(digests)
 
 
-@both
+@two
 def test_runs_of_micro_batches_end_alike(found: Found) -> None:
     whole, resumed, votes = found[1][0]["trains_in_micro_batches"]
     assert whole == resumed != votes
@@ -239,7 +248,7 @@ def test_triton_and_the_reference_agree_on_ranks(found: Found) -> None:
     assert reference == triton is not None
 
 
-@both
+@two
 @pytest.mark.parametrize("case", passes_at_work.CASES)
 def test_recorded_passes_of_ranks_are_those_that_are_launched(found: Found, case: str) -> None:
     """Nats, states and bytes received are equal, and a loss that is not finite on one rank changes nothing."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from arbitor.optimized.training.loop import train
 from arbitor.optimized.training.options import TrainOptions
 from conformance.distributed import adapters_at_work
-from conformance.distributed.started import Found, both, copied
+from conformance.distributed.started import Found, both, copied, two
 from conformance.training import nano
 
 
@@ -47,7 +47,7 @@ def test_what_is_not_finite_on_one_rank_moves_no_adapters(found: Found) -> None:
     assert each == [wanted] * len(each)
 
 
-@both
+@two
 def test_ranks_that_finetune_keep_the_same_adapters(found: Found) -> None:
     """Left alone, killed and resumed, and stopped by a signal to one rank and resumed, each with checkpoints of other steps."""
     each = [of_rank["finetunes"] for of_rank in found[1]]
@@ -58,7 +58,7 @@ def test_ranks_that_finetune_keep_the_same_adapters(found: Found) -> None:
     }
 
 
-@both
+@two
 def test_rank_0_alone_writes_a_run_of_adapters(found: Found) -> None:
     (folder, ranks), count = found, len(found[1])
     first, *others = (of_rank["finetunes"] for of_rank in ranks)
@@ -73,7 +73,7 @@ def test_rank_0_alone_writes_a_run_of_adapters(found: Found) -> None:
     assert f"at step 3\nthe run had 1 rank and goes on with {count} ranks: " in first["of one"]["shown"]
 
 
-@both
+@two
 def test_one_process_goes_on_with_adapters_of_many(
     found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_one_process_goes_on_with_adapters_of_many(
     assert finished["adapter_sha256"] == ranks[0]["finetunes"]["digests"]["saved"]
 
 
-@both
+@two
 def test_the_module_finetunes_on_ranks_that_torchrun_started(found: Found) -> None:
     """It takes the options of `arb finetune`, and ends with the adapters of the runs above. Rank 0 alone prints."""
     folder, ranks = found
@@ -100,7 +100,7 @@ def test_the_module_finetunes_on_ranks_that_torchrun_started(found: Found) -> No
     assert first["printed"].count("adapters " + summary["adapter_sha256"][:16]) == 1
 
 
-@both
+@two
 def test_ranks_whose_adapters_differ_are_refused(found: Found) -> None:
     """Their base is the same. One rank found an older checkpoint; and AdamW moved one rank's matrices elsewhere."""
     says = [of_rank["refuses_ranks_whose_adapters_differ"] for of_rank in found[1]]

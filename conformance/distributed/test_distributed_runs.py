@@ -242,12 +242,22 @@ def test_one_process_goes_on_with_a_run_of_many(
     assert f"at step 3\nthe run had {len(ranks)} ranks and goes on with 1 rank: " in shown.getvalue()
     finished = train(TrainOptions(run=copied(folder / "run", tmp_path), resume=True)).summary
     assert finished["state_sha256"] == ranks[0]["trains"]["hashes"][1]
+
+
+@two
+def test_one_process_goes_on_with_means(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As ranks do with the same run."""
+    nano.register(monkeypatch)
+    nano.without_pictures(monkeypatch)
+    folder, ranks = found
     with_means = gone_on(copied(folder / "alone", tmp_path))
     took_up_the_means(with_means)
     assert with_means["state_sha256"] == ranks[0]["goes_on_with_a_run_of_one"]["state_sha256"]
 
 
-@both
+@two
 def test_many_go_on_with_a_run_of_one(found: Found) -> None:
     first, *others = (of_rank["goes_on_with_a_run_of_one"] for of_rank in found[1])
     assert f"at step 3\nthe run had 1 rank and goes on with {len(found[1])} ranks: " in first["shown"]
