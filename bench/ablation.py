@@ -29,7 +29,7 @@ import torch
 
 from arbitor.optimized.training.plan import preset_config
 from arbitor.reference.config import ArbConfig, with_fields, with_modules
-from bench import parts
+from bench import machine, parts
 
 EVERY_MODULE = {
     "num_codes": 4096,
@@ -92,7 +92,11 @@ def train(
         summary = json.loads((run / "summary.json").read_text())
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curve = [(line["step"], line["val_bpb"]) for line in metrics if line.get("val_bpb") is not None]
-        return {**summary, "preset": config.name, "model": json.loads(config.to_json()), "curve": curve}
+        stored = {
+            name: machine.without_place(value) if isinstance(value, str) else value
+            for name, value in summary.items()
+        }
+        return {**stored, "preset": config.name, "model": json.loads(config.to_json()), "curve": curve}
 
 
 def runs(

@@ -43,6 +43,11 @@ _SMI_STATE = {
 }
 
 
+def without_place(word: str) -> str:
+    """Return the name of a file that is given by its place, which is of one machine. Other words stay as they are."""
+    return Path(word).name if word.startswith("/") else word
+
+
 def on_gpu() -> bool:
     """Whether this machine has a CUDA device."""
     return torch.cuda.is_available()

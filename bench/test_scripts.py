@@ -58,6 +58,7 @@ def test_a_run_of_the_ablation_is_a_run_of_the_trainer(tmp_path: Path) -> None:
     text.write_bytes((machine.ROOT / "README.md").read_bytes()[:3000])
     extra = ("--data", str(text), "--device", "cpu", "--batch", "2", "--context", "16")
     [result] = ablation.runs(NANO, [("one turn", 3)], side_by_side=1, steps=2, extra=extra)
+    assert not [value for value in result.values() if isinstance(value, str) and value.startswith("/")]
     assert (result["variant"], result["seed"], result["steps"]) == ("one turn", 3, 2)
     assert result["model"]["max_moe_iters"] == 1 and result["curve"][-1] == (2, result["val_bpb"])
 

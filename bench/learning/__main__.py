@@ -135,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     held = [run for file in args.without for run in read(parser, "--without", file)["runs"]]
     runs: list[dict[str, Any]] = []
-    # A place is of one machine, and a name is kept.
-    words = [
-        Path(word).name if word.startswith("/") else word for word in (sys.argv[1:] if argv is None else argv)
-    ]
+    words = map(machine.without_place, sys.argv[1:] if argv is None else argv)
     commands = [shlex.join(["python", "-m", "bench.learning", *words])]
     if args.pieces and path is not None and path.exists():
         before = continued(parser, path)
