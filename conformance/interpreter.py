@@ -2,6 +2,8 @@
 
 Each piece is replaced where it stands in Triton. A version of Triton without the piece runs as it is, only slower.
 `test_interpreter.py` says so, and compares every op with the interpreter that Triton ships.
+
+One piece is mended for good: the interpreter of Triton 3.6 does not run with NumPy 2.4 and later.
 """
 
 from __future__ import annotations
@@ -123,6 +125,18 @@ def without_overflow_checks(options: Any) -> Any:
     """Return the interpreter's options. They compute a check at each sum and product of integers, and ask `debug` to look at it."""
     return options if options.debug else replace(options, sanitize_overflow=False)
 
+
+def integers_by_item(patch: Callable[..., None]) -> Callable[..., None]:
+    """Return `_patch_lang_tensor`, with an integer for a tensor of one element. NumPy no longer makes one of an array with axes."""
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return mended
+
+
+interpreter._patch_lang_tensor = integers_by_item(interpreter._patch_lang_tensor)
 
 PIECES: dict[tuple[Any, str], Callable[[Any], Any]] = {
     (interpreter, "_patch_lang"): PatchOncePerLaunch,

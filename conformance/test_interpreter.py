@@ -95,6 +95,21 @@ def test_integers_wrap(subject: Subject, spared: ModuleType) -> None:
         exact(wrapped(), torch.cat((x + x, x - 3, x * x)))
 
 
+@triton.jit
+def _counting_kernel(count_ptr, out_ptr):
+    counted = 0
+    for each in range(tl.load(count_ptr)):
+        counted += each
+    tl.store(out_ptr, counted)
+
+
+def test_a_loop_ends_at_a_number_of_the_device(subject: Subject, spared: ModuleType) -> None:
+    """The interpreter has that number in an array of one element."""
+    out = torch.zeros(1, dtype=torch.int32)
+    _counting_kernel[(1,)](torch.tensor([5], dtype=torch.int32), out)
+    exact(out, torch.tensor([10], dtype=torch.int32))
+
+
 SCALARS = [value for value in vars(tl).values() if type(value) is tl.dtype and value != tl.void]
 
 
