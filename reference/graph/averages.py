@@ -13,6 +13,7 @@ from arbitor.reference.graph.context import GraphContext
 from arbitor.reference.graph.module import TernaryModule
 from arbitor.reference.graph.tables import TableModule
 from arbitor.reference.types import without_memory
+from arbitor.reference.unordered import in_any_order
 
 
 class GradientAverage(TableModule):
@@ -53,8 +54,9 @@ class GradientAverage(TableModule):
         led_RK, mean_RK, exponents_R = self.ops.average_gradient(
             grad_NK, mean_NK[at_R], exponents_N[at_R], rate
         )
-        mean_NK[at_R] = torch.where(used_R[0], mean_RK[source_R], mean_NK[at_R])
-        exponents_N[at_R] = torch.where(used_R[0], exponents_R[source_R], exponents_N[at_R])
+        with in_any_order():
+            mean_NK[at_R] = torch.where(used_R[0], mean_RK[source_R], mean_NK[at_R])
+            exponents_N[at_R] = torch.where(used_R[0], exponents_R[source_R], exponents_N[at_R])
         return led_RK
 
     def leave(self) -> None:

@@ -20,6 +20,7 @@ from arbitor.reference.graph.rule import Rule
 from arbitor.reference.graph.spread import Slots
 from arbitor.reference.promises import differentiable_once
 from arbitor.reference.types import LaidOutWeight, TernaryWeight
+from arbitor.reference.unordered import in_any_order
 
 
 class TernaryGroupedLinear(Multiplier):
@@ -194,7 +195,10 @@ def numbered(experts_M: Tensor) -> tuple[Tensor, Tensor]:
     starts[1:] &= sorted_M[1:] != sorted_M[:-1]
     # The number is -1 before the first used slot.
     numbers = starts.cumsum(0) - 1
-    groups_M = torch.empty_like(experts_M).scatter_(0, order, numbers)
     places = torch.where(starts, numbers, len(numbers))
     used = torch.full((len(numbers) + 1,), -1, dtype=experts_M.dtype, device=experts_M.device)
-    return groups_M, used.scatter_(0, places, torch.where(starts, sorted_M, -1))[:-1]
+    # Equal places are the last one, which gets -1 each time.
+    with in_any_order():
+        groups_M = torch.empty_like(experts_M).scatter_(0, order, numbers)
+        used.scatter_(0, places, torch.where(starts, sorted_M, -1))
+    return groups_M, used[:-1]

@@ -21,6 +21,7 @@ from arbitor.reference.dtypes import wide_dtype
 from arbitor.reference.graph.rotary import turns_at, with_turned_key
 from arbitor.reference.graph.scheduler import ContextAttentionScheduler, Seen
 from arbitor.reference.graph.voting import Voting
+from arbitor.reference.unordered import in_any_order
 
 CONTEXT = NGRAM - 1
 """Bytes before a new byte that the position of the new byte reads too."""
@@ -444,9 +445,10 @@ class GrowingRows:
             self.rows = grown
 
     def write(self, places_BQ: Tensor, values: Tensor, size: int, sequences: Tensor | None = None) -> None:
-        """Write values [B, Q, ...] to places below `size`; with `sequences` int64 [b], of those sequences only."""
+        """Write values [B, Q, ...] to places below `size`, which differ; with `sequences` int64 [b], of those sequences only."""
         self.reserve(size)
-        self.rows[self._sequences_B1 if sequences is None else sequences[:, None], places_BQ] = values
+        with in_any_order():
+            self.rows[self._sequences_B1 if sequences is None else sequences[:, None], places_BQ] = values
 
     def read(self, places_BS: Tensor) -> Tensor:
         """Return the rows [B, S, ...] at places int64 [B, S]."""
