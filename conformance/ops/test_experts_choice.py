@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -260,13 +261,14 @@ def test_choose_experts_of_each_vector_alone(
         exact(ops.choose_experts(x[place], weight, top_k=top_k), together[place], "alone")
 
 
-def test_choose_experts_of_more_than_a_kernel_ranks(subject: Subject) -> None:
+@pytest.mark.parametrize("num_vectors", [2, 17], ids=["few vectors", "more"])
+def test_choose_experts_of_more_than_a_kernel_ranks(subject: Subject, num_vectors: int) -> None:
     """Handicaps count among many experts as among few: here they order experts of equal rows."""
     count, rng = 1100, ss.generator(3)
     weight = weight_of_trits(torch.ones(count, 4, dtype=torch.int8), torch.zeros(count, 1, dtype=torch.int8))
     handicap = torch.randperm(count, generator=rng).to(torch.int16)
-    got = subject.call("choose_experts", torch.ones(2, 4), weight, top_k=3, handicap_E=handicap)
-    exact(got, handicap.argsort()[:3].sort().values.expand(2, 3).contiguous())
+    got = subject.call("choose_experts", torch.ones(num_vectors, 4), weight, top_k=3, handicap_E=handicap)
+    exact(got, handicap.argsort()[:3].sort().values.expand(num_vectors, 3).contiguous())
 
 
 @law(

@@ -16,6 +16,10 @@ from arbitor.optimized.kernels.launch import row_grid, runs_here
 TILE = 4096
 """Ranks of a tile, at most, unless one rank of every expert is more."""
 
+SLOTS_TILE = 128
+"""Ranks, or shares of experts, of a tile of chosen slots, at most, unless one position has more. An H200 took 2.1 us for one
+position of `small` and 5.6 for 16,384, where tiles of 4,096 took 8.6 and 9.9."""
+
 
 @triton.jit
 def shares_of(
@@ -196,7 +200,7 @@ def _launch(
     block_e = triton.next_power_of_2(num_experts)
     if chosen_only:
         block_r = min(triton.next_power_of_2(num_ranks), TILE)
-        block_m = max(1, TILE // max(block_e, block_r))
+        block_m = max(1, SLOTS_TILE // max(block_e, block_r))
     else:
         block_r = min(triton.next_power_of_2(num_ranks), max(1, TILE // block_e))
         block_m = max(1, TILE // (block_e * block_r))

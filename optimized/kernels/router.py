@@ -1,12 +1,15 @@
 """Router kernels: the choice of experts in two launches for routers of a usual size, and the pieces of it for others.
 
-Scores are whole numbers, so that every way to add them up gives the same. One launch splits the weight into digits of 7 bits. In
-the other one tensor cores multiply the digits with the vectors in int8, and the largest scores are taken. For larger routers the
-operands are made in float64, and the library multiplies.
+Scores are whole numbers, so that every way to add them up gives the same. For few vectors one launch has a program for each score,
+and another one takes the largest. For more of them one launch splits the weight into digits of 7 bits. In the other one tensor
+cores multiply the digits with the vectors in int8, and the largest scores are taken. For larger routers the operands are made in
+float64, and the library multiplies.
 Legend: E experts, K columns, M vectors; KW words a row, KG groups a row.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -44,8 +47,17 @@ FEW_VECTORS = 1024
 """Most vectors that take the smallest tile, of which there are more."""
 
 BLOCK_SCORES = 1024
-"""Scores of a program that chooses. A vector with more is sorted by the library."""
+"""Most scores of a vector for a program that chooses. A vector with more is sorted by the library."""
 
+TILE_SCORES = 128
+"""Scores of a program that chooses, if it has more than one vector."""
+
+SINGLE_VECTORS = 16
+"""Most vectors whose scores have a program each. An H200 took 9.5 us for the smallest tile of 32 experts and 512 columns, and 45
+for 3,072 columns, since a program takes one step after the other."""
+
+SINGLE_WEIGHTS = 2**20
+"""Most weights of a router for that. Each program looks for the largest of their levels."""
 
 FUSED_EXPERTS, FUSED_COLUMNS = 128, 4096
 """Largest router that is multiplied by digits. Each program reads all of them."""
@@ -83,6 +95,47 @@ def best_of_scores(
     return chosen
 
 
+@triton.jit
+def whole_weights(
+    words_ptr, levels_ptr, row, columns, mask, least, num_columns, row_groups, row_words,
+    GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+):  # fmt: skip
+    """Return the trits of a row and their sizes in units of `lowest_unit`, both int32, for levels of at least `least`."""
+    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
+    levels = tl.load(levels_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0).to(tl.int32)
+    levels = tl.maximum(levels, least)
+    whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
+    return lane_trits(words, columns % 16), whole << ((levels >> MANTISSA_BITS) - (least >> MANTISSA_BITS))
+
+
+@triton.jit
+def lowest_unit(least, MANTISSA_BITS: tl.constexpr):
+    """Return the unit of all weights as float32: the last mantissa bit at the exponent of the least level."""
+    return (((least >> MANTISSA_BITS) - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_vectors", "row_groups", "row_words"])
+def _router_scores_kernel(
+    x_ptr, words_ptr, levels_ptr, out_ptr, num_vectors, num_columns, row_groups, row_words, num_levels,
+    EXPERTS: tl.constexpr, GROUP_SIZE: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_LEVELS: tl.constexpr,
+):  # fmt: skip
+    expert, vector = tl.program_id(0) // num_vectors, (tl.program_id(0) % num_vectors).to(tl.int64)
+    least = largest_level(levels_ptr, num_levels, BLOCK_LEVELS) - (OCTAVES << MANTISSA_BITS)
+    sums = tl.zeros([BLOCK], dtype=tl.int64)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        trits, sizes = whole_weights(
+            words_ptr, levels_ptr, expert, columns, mask, least, num_columns, row_groups, row_words, GROUP_SIZE, MANTISSA_BITS
+        )  # fmt: skip
+        steps = query_values(tl.load(x_ptr + vector * num_columns + columns, mask=mask, other=0.0))
+        sums += (trits * steps.to(tl.int32)).to(tl.int64) * sizes
+    # Both factors and the product are exact.
+    score = tl.sum(sums, axis=0).to(tl.float64) * lowest_unit(least, MANTISSA_BITS).to(tl.float64)
+    tl.store(out_ptr + vector * EXPERTS + expert, score)
+
+
 @triton.jit(do_not_specialize=["row_groups", "row_words", "row_blocks", "plane"])
 def _router_digits_kernel(
     words_ptr, levels_ptr, digits_ptr, unit_ptr, num_columns, row_groups, row_words, row_blocks, num_levels, plane,
@@ -92,20 +145,15 @@ def _router_digits_kernel(
     columns = (tl.program_id(0) % row_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
     least = largest_level(levels_ptr, num_levels, BLOCK_LEVELS) - (OCTAVES << MANTISSA_BITS)
-    # The unit of all weights: the last mantissa bit at the exponent of the least level.
-    lowest = least >> MANTISSA_BITS
-    words = tl.load(words_ptr + row * row_words + columns // 16, mask=mask, other=0)
-    levels = tl.load(levels_ptr + row * row_groups + columns // GROUP_SIZE, mask=mask, other=0).to(tl.int32)
-    levels = tl.maximum(levels, least)
-    whole = (levels & ((1 << MANTISSA_BITS) - 1)) + (1 << MANTISSA_BITS)
-    size = whole << ((levels >> MANTISSA_BITS) - lowest)
-    trits = lane_trits(words, columns % 16)
+    trits, size = whole_weights(
+        words_ptr, levels_ptr, row, columns, mask, least, num_columns, row_groups, row_words, GROUP_SIZE, MANTISSA_BITS
+    )  # fmt: skip
     out_ptr = digits_ptr + row * num_columns + columns
     tl.store(out_ptr, (trits * (size & DIGIT)).to(tl.int8), mask=mask)
     tl.store(out_ptr + plane, (trits * ((size >> DIGIT_BITS) & DIGIT)).to(tl.int8), mask=mask)
     tl.store(out_ptr + 2 * plane, (trits * (size >> (2 * DIGIT_BITS))).to(tl.int8), mask=mask)
     if tl.program_id(0) == 0:
-        tl.store(unit_ptr, ((lowest - MANTISSA_BITS + 127) << 23).to(tl.float32, bitcast=True))
+        tl.store(unit_ptr, lowest_unit(least, MANTISSA_BITS))
 
 
 @triton.jit(do_not_specialize=["num_vectors", "top_k", "plane"])
@@ -264,6 +312,27 @@ def chosen_rows(x_MK: Tensor, weight: DeviceWeight, top_k: int, handicap_E: Tens
     return out
 
 
+def has_program_each(x_MK: Tensor, weight: DeviceWeight) -> bool:
+    """Return whether `single_scores` takes vectors: there are few, and the router is not large."""
+    return 0 < x_MK.shape[0] <= SINGLE_VECTORS and math.prod(weight.shape) <= SINGLE_WEIGHTS
+
+
+def single_scores(x_MK: Tensor, weight: DeviceWeight) -> Tensor:
+    """Return the scores of few vectors, float32 or bfloat16, contiguous, without a handicap: float64 [M, E]."""
+    runs_here(x_MK)
+    num_vectors, num_columns = x_MK.shape
+    num_experts, num_groups = weight.exponents.shape
+    scores_ME = torch.empty(num_vectors, num_experts, dtype=torch.float64, device=x_MK.device)
+    block, _ = row_tile(num_columns, BLOCK_COLUMNS)
+    _router_scores_kernel[row_grid(num_experts, num_vectors)](
+        x_MK, weight.words, weight.exponents, scores_ME, num_vectors, num_columns, num_groups, weight.words.shape[1],
+        weight.exponents.numel(),
+        EXPERTS=num_experts, GROUP_SIZE=weight.group_size, MANTISSA_BITS=weight.mantissa_bits, BLOCK=block,
+        BLOCK_LEVELS=BLOCK_VALUES,
+    )  # fmt: skip
+    return scores_ME
+
+
 def is_fused(weight: DeviceWeight) -> bool:
     """Return whether a router is multiplied by digits. A sum of products of one digit stays below 2^26."""
     return weight.shape[0] <= FUSED_EXPERTS and weight.shape[1] <= FUSED_COLUMNS
@@ -284,7 +353,7 @@ def best_rows(scores_ME: Tensor, top_k: int, handicap_E: Tensor | None = None) -
     out = torch.empty(num_vectors, top_k, dtype=torch.int64, device=scores_ME.device)
     if num_vectors:
         block_e = triton.next_power_of_2(num_experts)
-        block_m = BLOCK_SCORES // block_e
+        block_m = max(1, TILE_SCORES // block_e)
         _best_rows_kernel[row_grid(1, triton.cdiv(num_vectors, block_m))](
             scores_ME.contiguous(),
             None if handicap_E is None else handicap_E.contiguous(),

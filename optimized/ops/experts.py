@@ -145,13 +145,16 @@ def weigh_ranks_grads(
 def choose_experts(x: Tensor, weight: AnyWeight, *, top_k: int, handicap_E: Tensor | None = None) -> Tensor:
     """See reference; float64 is not supported.
 
-    Every sum is exact, in int8 digits as in the library's float64, so that neither order nor tiles change a bit.
+    Every sum is exact, in int8 digits, in int64 and in the library's float64, so that neither order nor tiles change a bit.
     """
     checks.router(x, weight, top_k, handicap_E, weight.exponents, DTYPES)
     x_MK, rows = x.reshape(-1, weight.shape[1]).contiguous(), on_device(weight)
-    if router.is_fused(rows):
+    if router.has_program_each(x_MK, rows):
+        scores_ME = router.single_scores(x_MK, rows)
+    elif router.is_fused(rows):
         return router.chosen_rows(x_MK, rows, top_k, handicap_E).reshape(*x.shape[:-1], top_k)
-    scores_ME = torch.mm(router.whole_sixteenths(x_MK), router.router_rows(rows).T)
+    else:
+        scores_ME = torch.mm(router.whole_sixteenths(x_MK), router.router_rows(rows).T)
     return router.best_rows(scores_ME, top_k, handicap_E).reshape(*x.shape[:-1], top_k)
 
 
