@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +21,7 @@ from arbitor.optimized.training.runtime import deterministic
 from arbitor.reference.config import with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.ledger import KVLedger
+from arbitor.reference.graph.voting import in_turn
 from conformance.compare import exact
 from conformance.graph import models
 from conformance.subject import Subject, needs_cuda
@@ -120,6 +121,29 @@ def test_a_reader_keeps_the_ledger_as_a_pass_does(monkeypatch: pytest.MonkeyPatc
         compare(model, launched, launched.copy())
     assert 2 <= len(recorded_at) <= 4, "once for each memory"
     assert all(one != other for one, other in pairwise(recorded_at))
+
+
+def test_pieces_of_a_step_come_in_any_order() -> None:
+    """A recorded step has them side by side: products of one input, the tables of the memory, the graph, the choice of experts."""
+    model, counts = models.whole(), []
+
+    def last_first(pieces: Sequence[Callable[[], None]]) -> None:
+        counts.append(len(pieces))
+        for piece in reversed(pieces):
+            piece()
+
+    with torch.no_grad():
+        in_order = read(model)
+        readers_of_both = [Reader(model, ledger) for ledger in (in_order, in_order.copy())]
+        chosen = [Chooses(reader.ledger) for reader in readers_of_both]
+        for _ in range(3):
+            for reader, choose, apart in zip(readers_of_both, chosen, (in_turn, last_first), strict=True):
+                model.voting.reads_apart = apart
+                reader.step(choose)
+            exact(*(choose.logits_BV for choose in chosen))
+    same(*(reader.ledger for reader in readers_of_both))
+    assert len(counts) > 3 * 2 * model.config.num_layers
+    assert set(counts) >= {2, 3}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from arbitor.optimized.training.recording import LAUNCHED_FIRST, recorded
+from arbitor.optimized.training.recording import LAUNCHED_FIRST, in_branches, recorded
 from arbitor.reference.graph.ledger import KVLedger
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class RecordedReader(Reader):
             self._launched += 1
             return
         if self._graph is None:
-            [self._graph] = recorded(self._read)
+            with in_branches(self.model.voting, "reads_apart"):
+                [self._graph] = recorded(self._read)
         self.ledger.replay()
         self._graph.replay()
         self.ledger.replayed()

@@ -113,13 +113,14 @@ class Readout:
 
 
 @contextmanager
-def in_branches(voting: Voting) -> Iterator[None]:
-    """Let the independent work of passes and steps be recorded side by side within the block."""
-    voting.apart, before = side_by_side, voting.apart
+def in_branches(voting: Voting, work: str = "apart") -> Iterator[None]:
+    """Let independent work be recorded side by side within the block: that of votes and steps, or what `reads_apart` runs."""
+    before = getattr(voting, work)
+    setattr(voting, work, side_by_side)
     try:
         yield
     finally:
-        voting.apart = before
+        setattr(voting, work, before)
 
 
 def side_by_side(pieces: Sequence[Callable[[], None]]) -> None:

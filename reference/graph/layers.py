@@ -240,7 +240,9 @@ class _FanOutFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.held = [SimpleNamespace() for _ in modules]
         weights = [module.forward_weight(held) for module, held in zip(modules, ctx.held, strict=True)]
-        return tuple(module.ops.linear(x, weight) for module, weight in zip(modules, weights, strict=True))
+        return modules[0].voting.alongside(
+            *(partial(module.ops.linear, x, weight) for module, weight in zip(modules, weights, strict=True))
+        )
 
     @staticmethod
     @differentiable_once

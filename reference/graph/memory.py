@@ -6,6 +6,7 @@ Legend: B batch, P positions, D width, M memory width, O orders of a table, N ro
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +57,9 @@ class MemoryTable(TernaryEmbedding, TableModule):
             found.append(self.ops.ngram_rows(codes_BP, order=order, **table))
         return torch.stack(found)
 
-    def read(self, rows: Tensor, norm: TernaryRMSNorm) -> Tensor:
-        """Return the rows, normed, each times the share g of its strength; zeros for a row of -1."""
+    def read(self, codes_BP: Tensor, previous: Tensor | None, norm: TernaryRMSNorm) -> Tensor:
+        """Return the rows of all n-grams, normed, each times the share g of its strength; zeros where there is none."""
+        rows = self.rows(codes_BP, previous)
         values = when_voting(self.rows_or_zeros(rows), self, rows)
         strengths = self.get_buffer("strengths")[rows.clamp(min=0)].to(torch.float32)
         shares = torch.where(rows >= 0, (1 + strengths) / (1 + STRENGTH_MAX), 0.0)
@@ -106,7 +108,10 @@ class MemGram(ArbModule):
     def forward(self, e_BPD: Tensor, codes_BP: Tensor, previous: Tensor | None = None) -> Tensor:
         """Return the stream with the memory added."""
         tables = (self.structure, self.conversation)
-        m_BPM = sum(table.read(table.rows(codes_BP, previous), self.row_norm).sum(dim=0) for table in tables)
+        structure_OBPM, conversation_OBPM = self.structure.voting.alongside(
+            *(partial(table.read, codes_BP, previous, self.row_norm) for table in tables)
+        )
+        m_BPM = structure_OBPM.sum(dim=0) + conversation_OBPM.sum(dim=0)
         e_BPD, normed_BPD = add_norm(e_BPD, None, self.gate_norm)
         gate_BP1 = torch.sigmoid(self.gate(normed_BPD))
         return e_BPD + gate_BP1 * self.output(m_BPM)

@@ -5,6 +5,8 @@ Legend: B batch, P positions, D width, I shared inner width, E experts, k expert
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -66,19 +68,24 @@ class SharedProjectionMoE(TableModule):
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """Return the output of the chosen experts."""
-        experts_BPk = self.ops.choose_experts(
-            x_BPD.detach(), self.router.weight, top_k=self.top_k, handicap_E=self.get_buffer("handicap")
+        takes_all = self.takes_all(x_BPD.shape[:-1].numel())
+        read = (self.gate, self.up, self.router, *([self.expert_down] if takes_all else []))
+        experts_BPk, products = self.voting.alongside(
+            partial(self.chosen, x_BPD), partial(fan_out, x_BPD, *read)
         )
-        if self.takes_all(x_BPD.shape[:-1].numel()):
-            gate_BPI, up_BPI, logits_BPE, ranks_BPR = fan_out(
-                x_BPD, self.gate, self.up, self.router, self.expert_down
-            )
-            terms_BPkI = self.all_modulations(ranks_BPR, logits_BPE, experts_BPk).unsqueeze(-2)
+        gate_BPI, up_BPI, logits_BPE = products[:3]
+        if takes_all:
+            terms_BPkI = self.all_modulations(products[3], logits_BPE, experts_BPk).unsqueeze(-2)
         else:
-            gate_BPI, up_BPI, logits_BPE = fan_out(x_BPD, self.gate, self.up, self.router)
             terms_BPkI = self.modulations(x_BPD, logits_BPE, experts_BPk)
         y_BPD = self.down(self.ops.gated(gate_BPI, up_BPI, terms_BPkI))
         return when_voting(y_BPD, self, experts_BPk)
+
+    def chosen(self, x_BPD: Tensor) -> Tensor:
+        """Return the experts that each position takes, int64 [B, P, k]."""
+        handicap_E = self.get_buffer("handicap")
+        x_BPD, weight = x_BPD.detach(), self.router.weight
+        return self.ops.choose_experts(x_BPD, weight, top_k=self.top_k, handicap_E=handicap_E)
 
     def takes_all(self, num_positions: int) -> bool:
         """Return whether a pass of so many positions takes products of all experts.

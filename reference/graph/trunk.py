@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -130,22 +131,32 @@ class ArbTrunk(Stateful):
             h_BPD = torch.cat(list(present.values()), dim=1)
         else:
             h_BPD, codes_BP, losses = self.shared_vq(present, ledger)
-        nodes_BPD = None
-        if codes_BP is not None:
-            if self.memory is not None:
-                previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.codes_before)
-                h_BPD = self.memory(h_BPD, codes_BP, previous_Bn)
-            if self.graph is not None:
-                extra_BPC = self.composite.read(codes_BP) if self.composite is not None else None
-                nodes_BPD = self.graph(codes_BP, extra_BPC)
-            if ledger is not None:
-                ledger.record_codes(codes_BP)
+        first_B = None if ledger is None else ledger.first_B
+        h_BPD, nodes_BPD, turns = self.voting.alongside(
+            partial(self._remembered, h_BPD, codes_BP, ledger),
+            partial(self._nodes, codes_BP),
+            partial(turns_of_pass, h_BPD, first_B, self.config.rotary_dim),
+        )
+        if ledger is not None and codes_BP is not None:
+            ledger.record_codes(codes_BP)
         last = len(self.layers) - 1
-        turns = turns_of_pass(h_BPD, None if ledger is None else ledger.first_B, self.config.rotary_dim)
         for index, layer in enumerate(self.layers):
             cache = None if ledger is None else ledger.layer(index)
             h_BPD = layer(h_BPD, nodes_BPD if index == last else None, cache, turns)
         return Trunk(h_BPD, codes_BP, losses)
+
+    def _remembered(self, h_BPD: Tensor, codes_BP: Tensor | None, ledger: KVLedger | None) -> Tensor:
+        """Return the stream with what the memory holds for its codes."""
+        if self.memory is None or codes_BP is None:
+            return h_BPD
+        previous_Bn = None if ledger is None else ledger.previous_codes(self.memory.codes_before)
+        return self.memory(h_BPD, codes_BP, previous_Bn)
+
+    def _nodes(self, codes_BP: Tensor | None) -> Tensor | None:
+        """Return what the graph says of the codes."""
+        if self.graph is None or codes_BP is None:
+            return None
+        return self.graph(codes_BP, self.composite.read(codes_BP) if self.composite is not None else None)
 
 
 def check_ids(ids_BT: Tensor, num_bytes: int) -> None:

@@ -34,6 +34,10 @@ WAITING_ELEMENTS = 2**25
 """Elements of the gradients that wait to be made orthogonal, above which all of them vote: 64 MiB of bfloat16."""
 
 
+Apart = Callable[[Sequence[Callable[[], None]]], None]
+"""What runs pieces of work that do not depend on each other."""
+
+
 class Voting:
     """The voting of one model: how its weights vote, and the notes of its passes. All modules of the model share it.
 
@@ -50,8 +54,9 @@ class Voting:
         whole:   whether the modules make a whole model, which has passes and steps of its own. Parts of one have none.
         alone:   whether the weights are of a layer that belongs to no model, so that nobody can take a pass or a step.
         ranks:   the ranks that train the model together.
-        apart:   runs pieces of work of which none writes what another one reads or writes, but for sums of integers. They run in
-            turn, unless whoever records them lets them run side by side.
+        apart:   runs pieces of work of votes and steps of which none writes what another one reads or writes, but for sums of
+            integers. They run in turn, unless whoever records them lets them run side by side.
+        reads_apart: the same for pieces of a pass without gradients: `alongside`.
     """
 
     def __init__(
@@ -81,7 +86,8 @@ class Voting:
         self.whole = False
         self.alone = False
         self.ranks = Ranks()
-        self.apart: Callable[[Sequence[Callable[[], None]]], None] = in_turn
+        self.apart: Apart = in_turn
+        self.reads_apart: Apart = in_turn
 
     @property
     def ops(self) -> ModuleType:
@@ -491,6 +497,20 @@ class Voting:
         """Keep what a vote is about to change, and note that the pass writes."""
         self._begin_writing(taken)
         taken.keep_counts(vote)
+
+    def alongside(self, *pieces: Callable[[], Any]) -> tuple[Any, ...]:
+        """Return what pieces of a pass return that do not depend on each other, as `reads_apart` runs them.
+
+        The kernels of few positions leave most of a device idle, so a recorded step of generation has such pieces side by side.
+        Autograd would go back in the streams in which they ran, so that a pass with gradients must not.
+        """
+        found: list[Any] = [None] * len(pieces)
+
+        def run(place: int) -> None:
+            found[place] = pieces[place]()
+
+        self.reads_apart([partial(run, place) for place in range(len(pieces))])
+        return tuple(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle; raise RuntimeError while a pass is open."""
