@@ -165,7 +165,7 @@ def of_updates() -> Iterator[tuple[str, Case]]:
         yield "orthogonalize", Case((torch.zeros(side, side, dtype=BF16),))
     # So many matrices that programs run together.
     yield "orthogonalize", Case((torch.zeros(16 * 1192, 1192, dtype=BF16),), {"num_groups": 16})
-    yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5))
+    yield "average_gradient", Case((grad.to(BF16), votes, votes[:, 0].contiguous(), 0.5), {"memory": 3})
     yield "row_exponents", Case((grad,))
     yield "sign_votes", Case((grad, 3))
     yield "stochastic_votes", Case((grad, 0.5), CLOCK)

@@ -14,6 +14,7 @@ from typing import Any, cast
 from arbitor.reference import checks
 from arbitor.reference.constants import (
     ACCUM_MAX,
+    AVERAGE_MEMORY_MAX,
     DEFAULT_GROUP_SIZE,
     DEFAULT_MANTISSA_BITS,
     DEFAULT_ORTHOGONAL_STEPS,
@@ -164,6 +165,7 @@ class ArbConfig:
         vote_rule:      `stochastic` or `sign`.
         orthogonal_steps: iterations of `orthogonalize` before the gradient of a matrix casts stochastic votes; 0 for none.
         average_gradients: whether a running mean leads a gradient before it is made orthogonal. It takes a byte a weight.
+        average_memory: a gradient moves that mean by 2**-average_memory of its way; 1 to 6.
         max_vote_step:  largest vote of the `sign` rule, 1 .. 127.
 
     Raises TypeError or ValueError, one sentence, for a field that is not allowed.
@@ -221,6 +223,7 @@ class ArbConfig:
     vote_rule: str = "stochastic"
     orthogonal_steps: int = DEFAULT_ORTHOGONAL_STEPS
     average_gradients: bool = False
+    average_memory: int = 1
     max_vote_step: int = 8
 
     def __post_init__(self) -> None:
@@ -270,6 +273,7 @@ class ArbConfig:
                 f"rotary_dim is {self.rotary_dim}, but must be even and below head_dim, which is {self.head_dim}"
             )
         check_rules(self)
+        checks.integer("average_memory", self.average_memory, 1, AVERAGE_MEMORY_MAX)
         checks.integer("max_vote_step", self.max_vote_step, 1, ACCUM_MAX)
         checks.one_of("vote_rule", self.vote_rule, VOTE_RULES)
 
@@ -381,6 +385,7 @@ SWITCHES = (
         lambda config: config.orthogonal_steps > 0 and config.vote_rule != "sign",
         ("average_gradients",),
     ),
+    Switch("without average_gradients", lambda config: config.average_gradients, ("average_memory",)),
     Switch("with vote_rule 'stochastic'", lambda config: config.vote_rule == "sign", ("max_vote_step",)),
     Switch("with exponent_rule 'frozen'", lambda config: config.exponent_rule != "frozen", ("theta_e",)),
 )

@@ -43,6 +43,7 @@ BEST = ("integer", "fixed scales", "straight-through", "float AdamW")
 TUNED = (
     "integer",
     "averaged",
+    "long averaged",
     "straight-through",
     "straight-through Muon",
     "straight-through groups",
@@ -54,6 +55,7 @@ TUNED = (
 GRID: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {
     "integer": ((4 / 64, 6 / 64, 8 / 64), (0.6, 1.0)),
     "averaged": ((4 / 64, 6 / 64, 8 / 64), (0.6, 1.0)),
+    "long averaged": ((1 / 64, 1.5 / 64, 3 / 64), (0.6, 1.0)),
     "straight-through": ((1e-3, 2e-3, 4e-3), (0.4, 1.0)),
     "straight-through Muon": ((2e-3, 4e-3, 8e-3), (0.4, 1.0)),
     "straight-through groups": ((1e-3, 2e-3, 4e-3), (0.4, 1.0)),

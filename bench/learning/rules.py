@@ -53,6 +53,7 @@ FIXED_SCALES = {"exponent_rule": "frozen", "mantissa_bits": 0}
 RULES: Mapping[str, Rule] = {
     "integer": Rule("integer", GAIN, None),
     "averaged": Rule("integer", GAIN, None, {"average_gradients": True}),
+    "long averaged": Rule("integer", GAIN / 4, None, {"average_gradients": True, "average_memory": 3}),
     "fixed scales": Rule("integer", GAIN, None, FIXED_SCALES),
     "rows alone": Rule("integer", 1.25 / 16, 0.4, {"theta": 16, "orthogonal_steps": 0, **FIXED_SCALES}),
     "sign": Rule("integer", 1 / 32, 0.4, SIGN_VOTES),
@@ -62,10 +63,11 @@ RULES: Mapping[str, Rule] = {
     "float AdamW": Rule("float", 1.5e-3),
     "float Muon": Rule("float", 2e-3, muon=True),
 }
-"""Rules by name: the default of every preset; the same with a running mean of gradients; the same without votes on scales;
-stochastic votes of plain gradients with coarse counters; the seeds' votes, whose `rate` says only that they are cast, as large as
-the loss of the step before says; float latent weights behind ternary ones, and float weights, each with AdamW and with Muon; and
-with AdamW float latent weights behind ternary ones that have as many scales as ours."""
+"""Rules by name: the default of every preset; the same with a running mean of gradients; the same with a mean of a longer memory at
+a quarter of the rate; the default without votes on scales; stochastic votes of plain gradients with coarse counters; the seeds'
+votes, whose `rate` says only that they are cast, as large as the loss of the step before says; float latent weights behind ternary
+ones, and float weights, each with AdamW and with Muon; and with AdamW float latent weights behind ternary ones that have as many
+scales as ours."""
 
 
 class GaussianSpec:

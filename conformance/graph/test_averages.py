@@ -5,13 +5,14 @@ Legend: B batch, T bytes.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
 from arbitor.reference import ops
-from arbitor.reference.config import SIGN_VOTES, with_fields
+from arbitor.reference.config import SIGN_VOTES, ArbConfig, with_fields
 from arbitor.reference.graph import ArbModel
 from arbitor.reference.graph.averages import GradientAverage
 from arbitor.reference.graph.context import GraphContext
@@ -154,9 +155,37 @@ def test_a_loaded_state_goes_on_to_the_bit() -> None:
     exact(state(other), state(model))
 
 
+@pytest.mark.parametrize("memory", [1, 3])
+def test_a_mean_has_the_memory_of_the_configuration(memory: int) -> None:
+    """From zeros a gradient moves it by 2**-memory of the way, of a whole matrix and of rows."""
+    config = with_fields(models.NANO, average_gradients=True, average_memory=memory)
+    parts = GraphContext(ops, config, device="cpu", dtype=torch.float32, seed=0)
+    grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    want = ops.average_gradient(
+        grad, torch.zeros(7, 5, dtype=torch.int8), torch.zeros(7, dtype=torch.int8), 1.0, memory=memory
+    )
+    for rows in (None, torch.arange(7)):
+        average = GradientAverage(parts, (7, 5))
+        exact((average.lead(grad, rows, 1.0), *average.tables().values()), want)
+    largest = grad.abs().amax(dim=1) / 2**memory
+    assert (average.get_buffer("exponents") == torch.frexp(largest).exponent - 7).all()
+
+
 def test_a_mean_that_nothing_reads_is_refused() -> None:
     for fields in ({"orthogonal_steps": 0}, SIGN_VOTES):
         with pytest.raises(ValueError, match="average_gradients is True, but must be False"):
             with_fields(models.NANO, average_gradients=True, **fields)
     with pytest.raises(TypeError, match="average_gradients is 1, but must be true or false"):
         with_fields(models.NANO, average_gradients=1)
+    with pytest.raises(ValueError, match="average_memory is 2, but must be 1 without average_gradients"):
+        with_fields(models.NANO, average_memory=2)
+    for memory in (0, 7):
+        with pytest.raises(ValueError, match=f"average_memory is {memory}, but must be"):
+            with_fields(models.NANO, average_gradients=True, average_memory=memory)
+
+
+def test_a_configuration_from_before_has_the_memory_of_one_step() -> None:
+    config = with_fields(models.NANO, average_gradients=True)
+    values = json.loads(config.to_json())
+    del values["average_memory"]
+    assert ArbConfig.from_json(json.dumps(values)) == config

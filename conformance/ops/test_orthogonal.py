@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arbitor.reference import ops as reference_ops
-from arbitor.reference.constants import NEWTON_SCHULZ
+from arbitor.reference.constants import AVERAGE_MEMORY_MAX, NEWTON_SCHULZ
 from arbitor.reference.op_table import OP_TABLE
 
 from .. import strategies as ss
@@ -77,12 +77,16 @@ def means(
     return mean.to(torch.int8), exponents.to(torch.int8)
 
 
+MEMORIES = st.integers(1, AVERAGE_MEMORY_MAX)
+
+
 @calls("average_gradient")
 def average_gradient_calls(draw: st.DrawFn) -> Case:
     shape = draw(ss.matrix_shapes(70))
     shape = (0, shape[1]) if draw(st.integers(0, 19)) == 0 else shape
     grad, (mean, exponents) = draw(ss.gradients(shape)), draw(means(shape))
-    kwargs: dict[str, Any] = {}
+    memory = draw(MEMORIES, label="memory")
+    kwargs: dict[str, Any] = {"memory": memory} if memory > 1 else {}
     kind = draw(st.sampled_from(("new", "other", "itself", "strided")), label="out")
     if kind == "itself":
         # A drawn gradient may hold its rows once for all, and then nothing can be written to it.
@@ -308,27 +312,31 @@ AVERAGED = ss.matrix_shapes(40).flatmap(
     drawn=AVERAGED,
     seed=ss.GENERATOR_SEEDS,
     power=st.integers(-30, 30),
+    memory=MEMORIES,
     rejects=[
         mutant(
             "average_without_its_exponent",
-            "m_NK = (kept_NK + wide_NK) / 2",
-            "m_NK = (mean_NK + wide_NK) / 2",
+            "m_NK = (kept_NK * (parts - 1) + wide_NK) / parts",
+            "m_NK = (mean_NK * (parts - 1) + wide_NK) / parts",
             compared="average_gradient",
         )
     ],
 )
-def test_average_gradient_of_another_scale(ops: Subject, drawn: Any, seed: int, power: int) -> None:
+def test_average_gradient_of_another_scale(
+    ops: Subject, drawn: Any, seed: int, power: int, memory: int
+) -> None:
     """A power of two moves the exponents, and no bit of the mean."""
     shape, (mean, exponents) = drawn
     grad = torch.randn(shape, generator=ss.generator(seed))
-    led, new_mean, new_exponents = ops.average_gradient(grad, mean, exponents, 1.0)
-    scaled = ops.average_gradient(grad * 2.0**power, mean, exponents + power, 1.0)
+    led, new_mean, new_exponents = ops.average_gradient(grad, mean, exponents, 1.0, memory=memory)
+    scaled = ops.average_gradient(grad * 2.0**power, mean, exponents + power, 1.0, memory=memory)
     exact(scaled, (led * 2.0**power, new_mean, new_exponents + power))
 
 
 @law(
     drawn=AVERAGED,
     seed=ss.GENERATOR_SEEDS,
+    memory=MEMORIES,
     rejects=[
         mutant("average_with_a_bit_less", "(k_N - 7)", "(k_N - 6)", compared="average_gradient"),
         mutant(
@@ -345,12 +353,13 @@ def test_average_gradient_of_another_scale(ops: Subject, drawn: Any, seed: int, 
         ),
     ],
 )
-def test_average_gradient_is_off_by_half_a_step(ops: Subject, drawn: Any, seed: int) -> None:
-    """The mean is half the old one and half the gradient. Each row uses its seven bits."""
+def test_average_gradient_is_off_by_half_a_step(ops: Subject, drawn: Any, seed: int, memory: int) -> None:
+    """The mean is its part of the old one, and a part of the gradient. Each row uses its seven bits."""
     shape, (mean, exponents) = drawn
     grad = torch.randn(shape, generator=ss.generator(seed)) * torch.logspace(-3, 3, shape[0])[:, None]
-    _, q, e = ops.average_gradient(grad, mean, exponents, 1.0)
-    want = (mean * 2.0 ** exponents.double()[:, None] + grad.double()) / 2
+    _, q, e = ops.average_gradient(grad, mean, exponents, 1.0, memory=memory)
+    part = 0.5**memory
+    want = mean * 2.0 ** exponents.double()[:, None] * (1 - part) + grad.double() * part
     step = 2.0 ** e.double()[:, None]
     limit = torch.where(q.abs() == 127, 1.0, 0.5)
     assert ((q * step - want).abs() <= limit * step).all()
@@ -361,26 +370,36 @@ def test_average_gradient_is_off_by_half_a_step(ops: Subject, drawn: Any, seed: 
     shape=ss.matrix_shapes(40),
     dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     seed=ss.GENERATOR_SEEDS,
+    memory=MEMORIES,
     rejects=[
         mutant(
             "average_against_the_gradient",
-            "m_NK = (kept_NK + wide_NK) / 2",
-            "m_NK = (kept_NK - wide_NK) / 2",
+            "(parts - 1) + wide_NK) / parts",
+            "(parts - 1) - wide_NK) / parts",
             compared="average_gradient",
         ),
-        mutant("mean_alone_leads", "((m_NK + wide_NK) / 2)", "(m_NK / 2)", compared="average_gradient"),
+        mutant(
+            "mean_alone_leads",
+            "((m_NK * parts - m_NK + wide_NK) / parts)",
+            "(m_NK / 2)",
+            compared="average_gradient",
+        ),
     ],
 )
 def test_average_gradient_comes_to_what_is_repeated(
-    ops: Subject, shape: tuple[int, int], dtype: torch.dtype, seed: int
+    ops: Subject, shape: tuple[int, int], dtype: torch.dtype, seed: int, memory: int
 ) -> None:
-    """Ten times the same gradient: what leads is that gradient, as near as seven bits say it."""
+    """The same gradient again and again leads as it is, as near as seven bits say it.
+
+    A mean that moves by less than half a step of its row stays, so that a long memory may leave it off by 2**(memory - 1) steps.
+    """
     grad = torch.randn(shape, generator=ss.generator(seed)).to(dtype)
     mean, exponents = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0], dtype=torch.int8)
-    for _ in range(10):
-        led, mean, exponents = ops.average_gradient(grad, mean, exponents, 1.0)
+    for _ in range(5 * 2**memory):
+        led, mean, exponents = ops.average_gradient(grad, mean, exponents, 1.0, memory=memory)
     largest = grad.double().abs().amax(dim=1, keepdim=True)
-    assert ((led.double() - grad.double()).abs() <= largest / 64).all()
+    steps = 1 + 2.0 ** (memory - 1)
+    assert ((led.double() - grad.double()).abs() <= largest * (steps + 1) / 64).all()
 
 
 @law(
@@ -448,9 +467,13 @@ test_refusals_of_orthogonal = refusals(
     refused("average_gradient", "a tuple of one as out", ValueError, "out", _GRADIENT, *_MEAN, 1.0, out=(_GRADIENT,)),
     refused("average_gradient", "one tensor as out", TypeError, "out", _GRADIENT, *_MEAN, 1.0, out=_GRADIENT),
     refused("average_gradient", "a rate of 128", ValueError, "rate", _GRADIENT, *_MEAN, 128.0),
+    refused("average_gradient", "a memory of 0", ValueError, "memory", _GRADIENT, *_MEAN, 1.0, memory=0),
+    refused("average_gradient", "a memory of 7", ValueError, "memory", _GRADIENT, *_MEAN, 1.0, memory=7),
+    refused("average_gradient", "a memory of 2.0", TypeError, "memory", _GRADIENT, *_MEAN, 1.0, memory=2.0),
     rejects=[
         mutant("average_unchecked", 'checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)', "pass"),
         mutant("average_rate_unchecked", "checks.vote_rate(rate)", "pass"),
+        mutant("average_memory_unchecked", 'checks.integer("memory", memory, 1, AVERAGE_MEMORY_MAX)', "pass"),
         mutant("iterations_unchecked", 'checks.integer("iterations", iterations, 1, MAX_ORTHOGONAL_STEPS)', "pass"),
         mutant("stack_unchecked", 'checks.stacked_rows("grad_NK", grad_NK.shape[0], num_groups)', "pass"),
     ],

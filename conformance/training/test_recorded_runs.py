@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "more experts than slots": {"num_experts": 700, "batch": 4},
     "plain gradients, scales that stay": {"orthogonal_steps": 0, "exponent_rule": "frozen"},
     "three micro-batches, signs of scores": {"exponent_rule": "sign", "accum": 3},
-    "gradients led by their mean": {"average_gradients": True},
+    "gradients led by their mean": {"average_gradients": True, "average_memory": 3},
 }
 """Fields of the model and settings of the run that take other paths."""
 

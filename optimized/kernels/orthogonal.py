@@ -32,7 +32,7 @@ def _wide_power_of_two(exponents):
 @triton.jit(do_not_specialize=["rate"])
 def _average_kernel(
     grad_ptr, mean_ptr, exponents_ptr, led_ptr, new_mean_ptr, new_exponents_ptr, rate, num_columns,
-    RATE_ON_DEVICE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    RATE_ON_DEVICE: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if RATE_ON_DEVICE:
@@ -49,7 +49,9 @@ def _average_kernel(
         # Neither an infinity nor a NaN is below infinity.
         finite = tl.abs(grad) < float("inf")
         faulty |= tl.where(finite, 0, 1)
-        m = (q.to(tl.float64) * kept + tl.where(finite, grad, 0.0).to(tl.float64)) * 0.5
+        m = (q.to(tl.float64) * kept * (PARTS - 1) + tl.where(finite, grad, 0.0).to(tl.float64)) * (
+            1.0 / PARTS
+        )
         largest = tl.maximum(largest, tl.abs(m))
     moves = (rate != 0) & (tl.max(faulty, axis=0) == 0)
     # A number above 0 is normal in float64, so its exponent can be read off its bits.
@@ -63,8 +65,9 @@ def _average_kernel(
         given = tl.load(grad_ptr + place, mask=mask, other=0.0)
         q = tl.load(mean_ptr + place, mask=mask, other=0)
         grad = tl.where(moves, widen(given), 0.0).to(tl.float64)
-        m = (q.to(tl.float64) * kept + grad) * 0.5
-        led = narrow(((m + grad) * 0.5).to(tl.float32), led_ptr.dtype.element_ty)
+        m = (q.to(tl.float64) * kept * (PARTS - 1) + grad) * (1.0 / PARTS)
+        # A product with PARTS is exact, fused or not.
+        led = narrow(((m * PARTS - m + grad) * (1.0 / PARTS)).to(tl.float32), led_ptr.dtype.element_ty)
         # Adding and taking away 1.5 * 2**52 leaves no bits for a fraction: half to even.
         rounded = (m * step + 6755399441055744.0) - 6755399441055744.0
         new_q = tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
@@ -147,6 +150,7 @@ def average(
     mean_NK: Tensor,
     exponents_N: Tensor,
     rate: float | Tensor,
+    memory: int,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Launch `average_gradient`, which writes to `out`. All tensors are contiguous, and those of `out` may be the given ones."""
@@ -157,7 +161,7 @@ def average(
     if num_rows:
         _average_kernel[row_grid(num_rows, 1)](
             grad_NK, mean_NK, exponents_N, *out, rate_argument(rate), num_columns,
-            RATE_ON_DEVICE=isinstance(rate, Tensor), LEAST=AVERAGE_EXPONENT_MIN, BLOCK=block,
+            RATE_ON_DEVICE=isinstance(rate, Tensor), PARTS=2**memory, LEAST=AVERAGE_EXPONENT_MIN, BLOCK=block,
         )  # fmt: skip
 
 

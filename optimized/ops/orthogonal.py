@@ -12,6 +12,7 @@ from arbitor.optimized.kernels.product_sum import copies_in_bulk, product_sum, r
 from arbitor.optimized.ops.op import op
 from arbitor.reference import checks
 from arbitor.reference.constants import (
+    AVERAGE_MEMORY_MAX,
     DEFAULT_ORTHOGONAL_STEPS,
     MAX_ORTHOGONAL_STEPS,
     NEWTON_SCHULZ,
@@ -29,17 +30,19 @@ def average_gradient(
     exponents_N: Tensor,
     rate: float | Tensor,
     *,
+    memory: int = 1,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference."""
     checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
     vote_rate(rate, grad_NK.device)
+    checks.integer("memory", memory, 1, AVERAGE_MEMORY_MAX)
     given = (grad_NK.contiguous(), mean_NK.contiguous(), exponents_N.contiguous())
     if out is not None and all(part.is_contiguous() for part in out):
-        average(*given, rate, out)
+        average(*given, rate, memory, out)
         return out
     found = (torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2]))
-    average(*given, rate, found)
+    average(*given, rate, memory, found)
     if out is None:
         return found
     for part, value in zip(out, found, strict=True):

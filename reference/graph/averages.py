@@ -5,6 +5,8 @@ Legend: N rows and K columns of a weight.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ class GradientAverage(TableModule):
 
     def __init__(self, context: GraphContext, shape: tuple[int, int]) -> None:
         super().__init__(context)
+        self.memory = context.config.average_memory
         mean_NK, exponents_N = (
             torch.zeros(size, dtype=torch.int8, device=context.device) for size in (shape, shape[:1])
         )
@@ -44,20 +47,22 @@ class GradientAverage(TableModule):
         mean_NK, exponents_N = self.get_buffer("mean"), self.get_buffer("exponents")
         if rows is None:
             led_NK: Tensor = torch.empty_like(grad_NK)
-            self.ops.average_gradient(grad_NK, mean_NK, exponents_N, rate, out=(led_NK, mean_NK, exponents_N))
+            self._moved(grad_NK, mean_NK, exponents_N, rate, out=(led_NK, mean_NK, exponents_N))
             return led_NK
         used_R = rows >= 0
         # An unused slot, which stands behind the others, stands for the first one, so that a row that is written twice gets the
         # same bytes. Where no slot is used, row 0 stays.
         source_R = torch.where(used_R, torch.arange(len(rows), device=rows.device), 0)
         at_R = rows[source_R].clamp(min=0)
-        led_RK, mean_RK, exponents_R = self.ops.average_gradient(
-            grad_NK, mean_NK[at_R], exponents_N[at_R], rate
-        )
+        led_RK, mean_RK, exponents_R = self._moved(grad_NK, mean_NK[at_R], exponents_N[at_R], rate)
         with in_any_order():
             mean_NK[at_R] = torch.where(used_R[0], mean_RK[source_R], mean_NK[at_R])
             exponents_N[at_R] = torch.where(used_R[0], exponents_R[source_R], exponents_N[at_R])
         return led_RK
+
+    def _moved(self, *given: Any, **out: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `ops.average_gradient` with the memory of this mean."""
+        return self.ops.average_gradient(*given, memory=self.memory, **out)
 
     def leave(self) -> None:
         """Let another rank keep the mean. Here it reads as zeros."""

@@ -12,6 +12,7 @@ from arbitor.reference import checks
 from arbitor.reference.constants import (
     ACCUM_MAX,
     AVERAGE_EXPONENT_MIN,
+    AVERAGE_MEMORY_MAX,
     DEFAULT_ORTHOGONAL_STEPS,
     MAX_ORTHOGONAL_STEPS,
     NEWTON_SCHULZ,
@@ -30,32 +31,37 @@ def average_gradient(
     exponents_N: Tensor,
     rate: float | Tensor,
     *,
+    memory: int = 1,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a gradient with a quarter of its running mean, and the mean after it, int8 with an exponent a row.
+    """Return a gradient that its running mean leads, and the mean after it, int8 with an exponent a row.
 
-    Math:    m = (q 2**e + g) / 2 and u = (m + g) / 2, of a row with mean q 2**e. Then 2**(k - 1) <= max |m| < 2**k gives
-             e <- max(k - 7, -128), 0 for a row of zeros, and q <- clamp(rint(m / 2**e), -127, 127)
+    Math:    m = ((n - 1) q 2**e + g) / n and u = ((n m - m) + g) / n with n = 2**memory, of a row with mean q 2**e. Then
+             2**(k - 1) <= max |m| < 2**k gives e <- max(k - 7, -128), 0 for a row of zeros, and
+             q <- clamp(rint(m / 2**e), -127, 127)
              at rate 0, and for a row of g that is not finite: u = g, and q and e stay
     Shapes:  grad_NK float32 or bfloat16 [N, K]; mean_NK int8 [N, K]; exponents_N int8 [N]
-    Range:   rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts
+    Range:   rate 0 .. 127, a number or a 0-dim float32 tensor: only whether it is 0 counts; memory 1 .. 6
     Returns: u in the dtype of grad, without a gradient, q in -127 .. 127 and e in -128 .. 121; new, or `out`, overwritten, which
              may be (grad_NK, mean_NK, exponents_N) itself
-    Rounding: m and u are taken in float64, with one rounding each; u is rounded to float32 and then to its dtype; half to even
+    Rounding: m is taken in float64 with one rounding, and u with two, of n m - m and of the sum; u is rounded to float32 and
+             then to its dtype; half to even
     Raises:  TypeError or ValueError for a dtype, shape, device or rate that is not allowed
     Laws:    2 * g with e + 1 gives 2 * u, q and one more than e; the mean is off by half a step of its row, or one where it is
              clamped; the same gradient again and again is what u and the mean come to
-    Source:  docs/spec/orthogonal.md; the momentum of Nesterov as Muon takes it (Jordan et al. 2024), with a memory of one step
+    Source:  docs/spec/orthogonal.md; the momentum of Nesterov as Muon takes it (Jordan et al. 2024)
     """
     checks.averages("grad_NK", grad_NK, mean_NK, exponents_N, out)
     checks.vote_rate(rate)
+    checks.integer("memory", memory, 1, AVERAGE_MEMORY_MAX)
     # The mean is of integers, which have no gradient, so a step that it leads has none either.
     grad_NK = grad_NK.detach()
-    # A product with a power of two is exact, so it makes no difference whether it is fused with the sum.
+    # A product with a power of two is exact, and so is one of eight bits with six, so no fused sum makes a difference.
+    parts = 2**memory
     wide_NK = grad_NK.to(torch.float64)
     kept_NK = mean_NK.to(torch.float64) * _power_of_two(exponents_N)[:, None]
-    m_NK = (kept_NK + wide_NK) / 2
-    u_NK = ((m_NK + wide_NK) / 2).to(torch.float32).to(grad_NK.dtype)
+    m_NK = (kept_NK * (parts - 1) + wide_NK) / parts
+    u_NK = ((m_NK * parts - m_NK + wide_NK) / parts).to(torch.float32).to(grad_NK.dtype)
     moves = torch.as_tensor(rate, device=grad_NK.device) != 0
     moves_N = moves & grad_NK.isfinite().all(dim=1)
     m_NK = torch.where(moves_N[:, None], m_NK, 0.0)
