@@ -245,7 +245,7 @@ GOALS: tuple[Goal, ...] = (
             ),
         ),
         (2.1,), (0.25,),
-        "some 440 kernels, one after the other, take all of it",
+        "some 440 kernels take all of it, most of them one after the other",
     ),
     Goal(
         "decode attention, 64 sequences of 8,192 slots, 128 heads",

@@ -72,7 +72,7 @@ def test_every_rule_learns_from_the_same_windows(rule: str, monkeypatch: pytest.
         assert result["state_bytes"] == 12 * 12 * width**2 + 16 * (256 + 32 + 256) * width
     else:
         assert per_weight == 16
-    assert result["tokens"] == 12 * 2 * 32
+    assert result["tokens"] == steps * 2 * 32
 
 
 def test_a_compiled_step_is_the_step() -> None:
