@@ -61,7 +61,7 @@ AVERAGE_EXPONENT_MIN, AVERAGE_EXPONENT_MAX = -128, 121
 """Exponents of the rows of a gradient's mean. With 7 bits above them, the upper end is that of float32."""
 
 AVERAGE_MEMORY_MAX = 6
-"""Longest memory of a gradient's mean: it moves by a 64th of its way. A step of seven bits is half of that."""
+"""Longest memory of a gradient's mean, which then moves by a 64th of its way. A longer one would seldom move by half a step."""
 
 MIN_ORTHOGONAL_RANK = 32
 """Smaller side from which on the gradient of a matrix is orthogonalised. A narrower matrix has few directions to even out."""
